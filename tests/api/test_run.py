@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from html import unescape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -101,8 +102,18 @@ def test_a_failing_callback_does_not_end_the_run(options: dict[str, Any], tmp_pa
 def test_wrong_uses_are_errors_that_say_what_to_do(options: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(api.UsageError, match="contains no run"):
         api.Run(tmp_path)
+    for value in (None, 5, b"x"):
+        with pytest.raises(api.UsageError, match="out: must be a path"):
+            api.Run(value)  # type: ignore[arg-type]
     with pytest.raises(api.UsageError, match="on_event: must be a function, not 3"):
         api.finetune(**options, out=tmp_path / "run", on_event=3)
     with pytest.raises(api.UnknownOptionError, match="Did you mean on_event"):
         api.finetune(**options, out=tmp_path / "run", on_events=print)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("content", ["model: 2020-13-45", "[" * 100_000, "- a list", "\x00"])
+def test_damaged_settings_are_no_settings(run: api.Run, tmp_path: Path, content: str) -> None:
+    copy = Path(shutil.copytree(run.out, tmp_path / "copy"))
+    (copy / "config.yaml").write_text(content)
+    assert api.Run(copy).settings == {}

@@ -74,6 +74,18 @@ def test_an_error_within_an_archive_names_member_and_line(tmp_path: Path) -> Non
     assert [(bad.source, bad.line) for bad in reading.skipped] == [(f"{path}/in.tar/bad.jsonl", 2)]
 
 
+def test_a_member_without_a_name_is_an_error(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("ok.txt", "fine")
+        archive.writestr(zipfile.ZipInfo(""), "x")
+    path = write(tmp_path / "a.zip", buffer.getvalue())
+    with pytest.raises(DataError, match="has no name"):
+        read([path])
+    reading = read([path], ReadOptions(skip_bad=True))
+    assert [document.text for document in reading.documents] == ["fine"]
+
+
 @pytest.mark.parametrize("name", ["../up.txt", "/abs.txt", "a/../../b.txt", "..\\up.txt", "C:\\a.txt"])
 @pytest.mark.parametrize("pack", [zipped, tarred])
 def test_a_name_that_leads_out_of_the_archive_is_an_error(tmp_path: Path, pack: object, name: str) -> None:

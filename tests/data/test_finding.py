@@ -131,3 +131,11 @@ def test_kinds_are_counted_in_words() -> None:
         "2 files without a suffix, 2 second names of a file that is read"
     )
     assert counted({f".x{number}": 1 for number in range(30)}).endswith("18 of other kinds")
+
+
+def test_the_lock_of_an_open_word_document_is_a_hidden_file(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "~$a.docx").write_bytes(bytes(162))
+    found = find_files([str(tmp_path)], (".txt", ".docx"))
+    assert [Path(file).name for file in found.files] == ["a.txt"]
+    assert found.not_read == {"hidden file": 1}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -14,7 +15,16 @@ from octavo.commands.scores import file_differences, loss_difference, score_row
 from octavo.intervals import DOCUMENTS, Units
 from octavo.metrics import Score
 from octavo.ops.quantize import scheme_named
-from octavo.runs.events import Evaluation, Event, HeldOut, QuantizationCost
+from octavo.runs.events import (
+    Difference,
+    Evaluation,
+    Event,
+    FileDifference,
+    HeldOut,
+    Interval,
+    QuantizationCost,
+    ScoreRow,
+)
 from octavo.runs.verdict import Verdict, verdict_of
 
 DOCUMENTS_OF_TEXT, TOKENS, N_BYTES = 60, 100, 24_000
@@ -63,7 +73,7 @@ def test_a_curve_that_falls_is_better_and_more_passes_are_recommended() -> None:
     assert first.startswith("Better by 0.2")
     assert "bits per byte (perplexity " in first
     assert second.startswith("Still falling by 7.")
-    assert "a pass: --epochs 6 may be better." in second
+    assert ": --epochs 6, without --steps, may be better." in second
 
 
 def test_a_curve_that_has_become_flat_is_better_and_no_longer_falls() -> None:
@@ -170,3 +180,22 @@ def test_a_text_that_is_too_short_has_a_gain_without_an_interval() -> None:
 @pytest.mark.parametrize("events", [[], [HeldOut(3, 2.5, 12.0)], [Evaluation(3)]])
 def test_without_a_comparison_there_is_no_verdict(events: list[Event]) -> None:
     assert verdict_of(events) == Verdict()
+
+
+@pytest.mark.parametrize("bounds", [(math.nan, math.nan), (-math.inf, math.inf), (-1.0, math.inf)])
+@pytest.mark.parametrize("lower_by", [0.1, 0.0, 1e-200, math.nan, math.inf])
+def test_values_that_are_not_finite_decide_nothing(bounds: tuple[float, float], lower_by: float) -> None:
+    interval = Interval(*bounds, 20, "documents")
+    rows = (ScoreRow("b", "n", None, 7.0, 1.0, 10, loss=2.0), ScoreRow("t", "n", "a", 7.0, 1.0, 10, loss=2.0))
+    files = tuple(FileDifference(name, 9, lower_by, interval) for name in "ab")
+    curve = HeldOut(10, 2.0, 7.0, 1.0, 0.5, interval, interval, 5)
+    verdict = verdict_of([curve, Evaluation(10, rows, (Difference("b", "n", "t", "n", lower_by, interval),), files)])
+    assert verdict.change == "not measured"
+    assert verdict.trend in ("flat", "not measured")
+    assert not any("nan" in sentence for sentence in verdict.sentences)
+
+
+def test_a_tiny_gain_within_its_interval_is_unclear() -> None:
+    rows = (ScoreRow("b", "n", None, 7.0, 1.0, 10, loss=2.0), ScoreRow("t", "n", "a", 7.0, 1.0, 10, loss=2.0))
+    difference = Difference("b", "n", "t", "n", 1e-200, Interval(-1.0, 1.0, 20, "documents"))
+    assert verdict_of([Evaluation(3, rows, (difference,))]).change == "unclear"

@@ -15,6 +15,7 @@ import yaml
 from octavo import html_report
 from octavo.api.loading import load
 from octavo.api.results import Difference, FinetuneResult, NamedScore, Verdict
+from octavo.bounded_json import shortened
 from octavo.config import ModelOptions
 from octavo.errors import UsageError
 from octavo.reporting import Report
@@ -42,6 +43,8 @@ class Run:
     """
 
     def __init__(self, out: str | os.PathLike[str]) -> None:
+        if not isinstance(out, str | os.PathLike):
+            raise UsageError(f"out: must be a path, not {shortened(repr(out))}.", hint="Name the folder of a run.")
         folder = RunFolder(Path(out))
         if not folder.is_run():
             raise UsageError(f"{folder.path} contains no run.", hint="Name the folder of `out`, such as runs/mine.")
@@ -150,6 +153,6 @@ def _settings(path: Path) -> dict[str, Any]:
     """The options of a run; {} if the file is missing or no mapping."""
     try:
         values = yaml.safe_load(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):  # ValueError: of a date, or of bytes that are no text
         return {}
     return values if isinstance(values, dict) else {}

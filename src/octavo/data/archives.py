@@ -31,6 +31,7 @@ from octavo.data.files import (
     read_whole,
     suffix,
 )
+from octavo.data.finding import is_hidden
 from octavo.errors import DataError
 
 ARCHIVES = (".zip", ".tar")
@@ -141,7 +142,7 @@ def renamed(error: DataError, path: Path, source: str) -> DataError:
 def _entries(archive: zipfile.ZipFile | tarfile.TarFile, source: str) -> Iterator[_Entry]:
     if isinstance(archive, zipfile.ZipFile):
         for info in archive.infolist():
-            if info.is_dir():
+            if info.filename and info.is_dir():  # Python 3.11 fails without a name
                 continue
             is_encrypted = info.flag_bits & _ENCRYPTED
             is_link = info.external_attr >> 28 == 0o12
@@ -157,6 +158,8 @@ def _entries(archive: zipfile.ZipFile | tarfile.TarFile, source: str) -> Iterato
 
 def _outside(name: str) -> str:
     """The error of a name that leads out of the archive; "" for other names."""
+    if not name:
+        return "has no name."
     parts = name.replace("\\", "/").split("/")
     is_outside = ".." in parts or name.startswith(("/", "\\")) or parts[0].endswith(":")
     return "its name leads out of the archive." if is_outside else ""
@@ -171,7 +174,7 @@ def _shown(name: str) -> str:
 def _why_not(name: str, suffixes: tuple[str, ...]) -> str:
     """The kind under which a member is counted as not read; "" for one to read."""
     parts = name.split("/")
-    if any(part.startswith(".") and part != "." for part in parts) or parts[0] == "__MACOSX":
+    if any(is_hidden(part) and part != "." for part in parts) or parts[0] == "__MACOSX":
         return "hidden file"
     ending = suffix(Path(posixpath.basename(name)))
     if ending in suffixes:

@@ -83,9 +83,14 @@ def _below(path: Path, suffixes: Sequence[str], not_read: Counter[str]) -> list[
     return sorted(files)
 
 
+def is_hidden(name: str) -> bool:
+    """Whether a file name is that of a hidden file, or of the lock that Word keeps while a document is open."""
+    return name.startswith((".", "~$"))
+
+
 def _why_not(file: Path, root: str, suffixes: Sequence[str]) -> str:
     """The kind under which a file of a folder is counted as left out; "" for a file to read."""
-    if file.name.startswith("."):
+    if is_hidden(file.name):
         return "hidden file"
     try:
         mode = file.stat().st_mode

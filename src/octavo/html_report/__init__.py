@@ -75,7 +75,7 @@ def summary(events: Sequence[Event]) -> str:
     """The run in one line: steps, training loss, and the perplexity of the last row against that of the first."""
     losses = _points(only(events, Step), "loss")
     newest = last(events, Step)
-    parts = [f"{newest.step:,} steps"] if newest else []
+    parts = [f"{newest.step:,} step{'s' * (newest.step != 1)}"] if newest else []
     if parts:
         parts[0] += f", training loss {smooth(losses)[-1][1]:.3f}" if losses else " without a trained token"
     rows = [(row.name, perplexity) for row in _rows(events) if (perplexity := _number(row.perplexity))]

@@ -71,10 +71,11 @@ def verdict_of(events: Sequence[Event]) -> Verdict:
     half = _half(difference.interval)
     change: Change = "not measured"
     if half is not None:
-        change = "unclear" if abs(difference.lower_by) <= half else "better" if gain > 0 else "worse"
+        is_unclear = not gain or abs(difference.lower_by) <= half
+        change = "unclear" if is_unclear else "better" if gain > 0 else "worse"
     plus_minus = None if half is None or factor is None else half * factor
     trend, percent, best, about_trend = _trend(only(events, HeldOut), half or 0.0)
-    files = tuple(sorted((one for one in evaluation.files if one.lower_by is not None), key=_size)[:MAX_FILES])
+    files = tuple(sorted((one for one in evaluation.files if _is_finite(one.lower_by)), key=_size)[:MAX_FILES])
     sentences = [_change_sentence(change, gain, plus_minus, difference, (before, after))]
     sentences += [about_trend] if about_trend else []
     if (cost := last(events, QuantizationCost)) and (sentence := _cost_sentence(cost.difference, rows)):
@@ -103,7 +104,9 @@ def _middle(bounds: Interval) -> float:
 
 
 def _half(bounds: Interval | None) -> float | None:
-    return (bounds.high - bounds.low) / 2 if bounds else None
+    """Half the width; None without an interval, or if that is not finite."""
+    half = (bounds.high - bounds.low) / 2 if bounds else math.nan
+    return half if math.isfinite(half) else None
 
 
 def _change_sentence(
@@ -120,8 +123,8 @@ def _change_sentence(
     bounds = difference.interval
     on = f" on {bounds.units:,} {bounds.over}" if bounds else ""
     if change == "unclear":
-        times = (half / gain) ** 2 if gain else math.inf
-        more = f" A change of this size shows on about {times:.2g} times as much text." if 1.05 < times < 100 else ""
+        times = half / abs(gain) if gain else math.inf  # the square root of how much more text shows it
+        more = f" A change of this size shows on about {times**2:.2g} times as much text." if 1.02 < times < 10 else ""
         size = f"{_plus_minus(gain, half)} bits per byte{on} ({perplexities})"
         return f"No difference can be told: the gain is {size}.{more}"
     return f"{change.capitalize()} by {_plus_minus(abs(gain), half)} bits per byte ({perplexities}){on}."
@@ -135,22 +138,43 @@ def _trend(curve: Sequence[HeldOut], uncertainty: float) -> tuple[Trend, float |
     newest = curve[-1] if curve else None
     if newest is None or newest.loss is None or newest.fall is None or newest.rise is None:
         return "not measured", None, None, ""
-    rise, half = _middle(newest.rise), (_half(newest.rise) or 0.0) * _widened(len(curve))
+    rise, half = _middle(newest.rise), _half(newest.rise)
+    if half is None or _half(newest.fall) is None:
+        return "not measured", None, None, ""
+    half *= _widened(len(curve))
     if rise > half:
         higher = f"{_plus_minus(rise, half)} nats per token"
         if not newest.lowest_step:
             sentence = f"The held-out loss at step {newest.step:,} is higher than before training, by {higher}: "
             return "rising", None, None, f"{sentence}a lower --lr may help."
         best = next((one for one in curve if one.step == newest.lowest_step), None)
-        part = f": --epochs {best.passes:.2g}" if best and best.passes else ""
+        part = f": --epochs {_epochs(best.passes)}" if best and best.passes else ""
         sentence = f"Overfits since step {newest.lowest_step:,}: the held-out loss is higher by {higher} at step "
         return "overfits", None, newest.lowest_step, f"{sentence}{newest.step:,}. Fewer epochs are enough{part}."
     fall = _middle(newest.fall)
     passes = (newest.passes or 0.0) - (newest.passes_before or 0.0)
     if newest.fall.low > 0 and passes > 0 and fall / passes > uncertainty:
         percent, epochs = 100 * fall / passes / (newest.loss + fall), math.ceil(2 * (newest.passes or 0.0))
-        return "falling", percent, None, f"Still falling by {percent:.2g} % a pass: --epochs {epochs} may be better."
-    return "flat", None, None, "The held-out loss no longer falls by more than this text can show."
+        return (
+            "falling",
+            percent,
+            None,
+            (
+                f"Still falling by {percent:.2g} % a pass over the training text, as in the last {passes:.2g} passes: "
+                f"--epochs {epochs}, without --steps, may be better."
+            ),
+        )
+    return (
+        "flat",
+        None,
+        None,
+        ("The held-out loss no longer falls by more than this text can show; more of it would show smaller falls."),
+    )
+
+
+def _epochs(passes: float) -> str:
+    """A number of passes as an option: two digits, and no exponent."""
+    return f"{passes:.2g}" if passes < 10 else f"{passes:.0f}"
 
 
 def _widened(earlier: int) -> float:
@@ -187,6 +211,10 @@ def _file_sentence(one: FileDifference, name: str, factor: float) -> str:
         return f"{name}: gain {size} (too few documents or rows)."
     unclear = " (not clear)" if abs(one.lower_by) <= half else ""
     return f"{name}: gain {_plus_minus(one.lower_by * factor, half * factor)} bits per byte{unclear}."
+
+
+def _is_finite(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
 
 
 def _size(one: FileDifference) -> float:

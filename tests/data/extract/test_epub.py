@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from octavo.data.documents import read
+from octavo.data.extract.epub import _HEADING
 from octavo.errors import DataError
 
 ROOT = '<container xmlns="c"><rootfiles><rootfile full-path="OPS/book.opf"/></rootfiles></container>'
@@ -54,3 +55,11 @@ def test_a_book_with_rights_management_is_an_error_and_one_with_obscured_fonts_i
         read([path])
     path = book(tmp_path / "b.epub", {"a": "<p>x</p>"}, ["a"], encryption("http://www.idpf.org/2008/embedding"))
     assert read([path]).documents[0].text == "x"
+
+
+def test_a_heading_begins_at_the_last_tag_before_its_end() -> None:
+    """So many headings without an end are no work of the square of their number."""
+    found = _HEADING.search("<h1>" * 9 + "a<H2 class='x'>The\nend</H2><h3>b</h3>")
+    assert found is not None
+    assert found[0] == "<H2 class='x'>The\nend</H2>"
+    assert _HEADING.search("<h1>a<h2>b") is None

@@ -153,3 +153,11 @@ def test_a_damaged_file_is_an_error_or_skipped(tmp_path: Path, name: str, data: 
         read([str(tmp_path)])
     reading = read([str(tmp_path)], ReadOptions(skip_bad=True))
     assert [bad.source for bad in reading.skipped] == [str(tmp_path / name)]
+
+
+def test_a_note_is_read_once_however_often_the_text_refers_to_it(tmp_path: Path) -> None:
+    space = WORD.partition(" ")[2].partition(">")[0]
+    notes = f'<w:footnotes {space}><w:footnote w:id="1"><w:p>{run("a note")}</w:p></w:footnote></w:footnotes>'
+    reference = '<w:r><w:footnoteReference w:id="1"/></w:r>'
+    body = f"<w:p>{run('Hi')}{reference * 50}</w:p>"
+    assert text(word(tmp_path / "a.docx", body, word__footnotes=notes)).count("a note") == 1

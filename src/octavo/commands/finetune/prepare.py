@@ -49,9 +49,8 @@ def prepare(config: Config, report: Report) -> Run:
     micro_step = planned_step(config, model, hardware, fitting, report)
     trainer = _trainer(config[TrainOptions], model, hardware, micro_step, rows=rows)
     count = sum(parameter.numel() for parameter in trainer.parameters.values())
-    report.say(
-        f"Training {count:,} parameters in {len(trainer.parameters)} tensors for {trainer.schedule.total:,} steps."
-    )
+    steps = f"{trainer.schedule.total:,} step{'s' * (trainer.schedule.total != 1)}"
+    report.say(f"Training {count:,} parameters in {len(trainer.parameters)} tensors for {steps}.")
     return Run(
         config, report, hardware, source, scheme, tokenizer, text, held_out, model, plan, trainer, fitting,
         micro_step, base_sha256, RunState(),

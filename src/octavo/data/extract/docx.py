@@ -34,7 +34,7 @@ def read_docx(path: Path, split_on: str | None) -> Iterator[RawRecord]:
         reader.read(_events(container, body))
         for kind in ("footnotes", "endnotes"):
             texts = _notes(container, f"{folder}/{kind}.xml")
-            for key in notes:
+            for key in dict.fromkeys(notes):  # once, however often the text refers to it
                 builder.note(texts.get(key.removeprefix(f"{kind}:"), "") if key.startswith(kind) else "")
         _count_heads(container, folder, builder.removed)
         yield builder.record(path.stat().st_size)

@@ -21,7 +21,8 @@ _CONTAINER = "META-INF/container.xml"
 _ENCRYPTION = "META-INF/encryption.xml"
 _FONT_ALGORITHMS = ("http://www.idpf.org/2008/embedding", "http://ns.adobe.com/pdf/enc#RC")  # only fonts are obscured
 _TEXT_TYPES = ("application/xhtml+xml", "text/html", "application/x-dtbook+xml", "text/x-oeb1-document")
-_HEADING = re.compile(r"<h[1-3][\s>].*?</h[1-3]\s*>", re.IGNORECASE | re.DOTALL)
+# A heading holds no other one: so many unclosed ones take no time that grows with the square of their number.
+_HEADING = re.compile(r"<h[1-3][\s>](?:(?!<h[1-3][\s>]).)*?</h[1-3]\s*>", re.IGNORECASE | re.DOTALL)
 _HEADING_BYTES = 2**16  # at the beginning of a chapter, in which its heading is searched
 
 
