@@ -47,7 +47,7 @@ EFFICIENT_SHARE, EFFICIENT_SPREAD = 2 * ATTENTION_SHARE * _time(CUDNN) / _time(E
 PUBLISHED, SIMILAR = 1.25, 1.5  # the least spread of a rate from figures of the GPU itself, and from those of others
 
 # Measured seconds of a step over the forecast ones, benchmarks/plan.csv and plan_families.csv: low and high end. Of an
-# H100's and an H200's 59 settings 52 are within the first. The high end is of narrow models, whose short kernels wait
+# H100's and an H200's 87 settings 80 are within the first. The high end is of narrow models, whose short kernels wait
 # for their start; kernels of a slower GPU are longer, so others have the range of models with layers 4,096 wide.
 STEPS_ERROR, WIDE_ERROR = (0.8, 1.5), (0.85, 1.2)
 
@@ -116,7 +116,7 @@ def basis(gpu: Peak, name: str) -> str:
         low, high = STEPS_ERROR
         return (
             "The times are computed, not measured: the work of a step over the rates that octavo reached on an H100. "
-            f"Of 59 settings that were measured on an H100 and an H200, 52 took {low:g} to {high:g} times the computed "
+            f"Of 87 settings that were measured on an H100 and an H200, 80 took {low:g} to {high:g} times the computed "
             "time."
         )
     figures = gpu.measured.half_flops_per_second is not None, gpu.measured.memory_share is not None
