@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -84,6 +85,15 @@ def _units(rows: Sequence[Row], losses: npt.NDArray[np.float64]) -> tuple[Units,
     numbers = np.repeat(np.arange(len(rows)), [len(row.documents) for row in rows])
     parts = np.concatenate(nats), np.concatenate(tokens), documents, numbers  # (P,) each
     names = np.array([name for row in rows for name in row.files], dtype=object)  # (P,), or () in rows without files
-    several = sorted(set(names[parts[1] > 0])) if len(names) == len(documents) else []
-    files = {name: units_of(*(part[names == name] for part in parts)) for name in several} if len(several) > 1 else {}
-    return units_of(*parts), files
+    return units_of(*parts), _units_of_files(names, parts) if len(names) == len(documents) else {}
+
+
+def _units_of_files(names: npt.NDArray[np.object_], parts: Sequence[npt.NDArray[Any]]) -> dict[str, Units]:
+    """The units of each file from its name for each part; {} if there is one file. One pass, however many there are."""
+    scored = parts[1] > 0  # tokens
+    several, numbers, counts = np.unique(names[scored], return_inverse=True, return_counts=True)
+    if len(several) < 2:
+        return {}
+    order, stops = np.argsort(numbers, kind="stable"), np.cumsum(counts)[:-1]  # the parts of a file keep their order
+    of_files = zip(*(np.split(part[scored][order], stops) for part in parts), strict=True)
+    return {str(name): units_of(*of_file) for name, of_file in zip(several, of_files, strict=True)}

@@ -10,13 +10,12 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import yaml
-
 from octavo import html_report
 from octavo.api.loading import load
 from octavo.api.results import Difference, FinetuneResult, NamedScore, Verdict
 from octavo.bounded_json import shortened
 from octavo.config import ModelOptions
+from octavo.config.settings import read_settings
 from octavo.errors import UsageError
 from octavo.reporting import Report
 from octavo.runs import events
@@ -150,9 +149,8 @@ def _best_step(measured: list[events.HeldOut]) -> int | None:
 
 
 def _settings(path: Path) -> dict[str, Any]:
-    """The options of a run; {} if the file is missing or no mapping."""
+    """The options of a run; {} if the file is missing or damaged."""
     try:
-        values = yaml.safe_load(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError):  # ValueError: of a date, or of bytes that are no text
+        return read_settings(path)
+    except UsageError:
         return {}
-    return values if isinstance(values, dict) else {}

@@ -82,6 +82,7 @@ def encode_all(
     # One iterator over the texts of all documents, since batches are larger than most documents.
     encoded_texts = encode_plain((text for document in documents for text in _texts(document, end)), coder, progress)
     begin = np.array(bos_ids(tokenizer), dtype=np.int32)  # (0,) or (1,)
+    lengths = token_bytes(tokenizer) if any(document.positions for document in documents) else None  # (V,)
     encoded: list[Tokens] = []
     for document in documents:
         texts = _texts(document, end)
@@ -91,7 +92,9 @@ def encode_all(
                 encoded.append(_chat_tokens(document, tokenizer, coder, end_id=end_id, unused=unused))
             else:
                 found = _text_tokens(document, texts[-1], own, begin=begin, end_id=end_id)
-                encoded.append(replace(found, positions=_positions(document, found, tokenizer)))
+                encoded.append(
+                    found if lengths is None else replace(found, positions=_positions(document, found, lengths))
+                )
         except DataError as error:
             if skipped is None:
                 raise
@@ -139,11 +142,12 @@ def _text_tokens(
     return Tokens(document.source, document.line, ids, trained, n_bytes=len(counted.encode()))
 
 
-def _positions(document: Document, encoded: Tokens, tokenizer: PreTrainedTokenizerFast) -> tuple[tuple[int, str], ...]:
-    """The tokens at which the pages or chapters of a text begin, found by the bytes of the tokens before them."""
-    if not document.positions:
-        return ()
-    ends = np.cumsum(token_bytes(tokenizer)[encoded.ids])  # (n,) bytes of the text up to and with each token
+def _positions(document: Document, encoded: Tokens, lengths: npt.NDArray[np.int64]) -> tuple[tuple[int, str], ...]:
+    """The tokens at which the pages or chapters of a text begin, found by the bytes of the tokens before them.
+
+    `lengths` (V,) are those of `token_bytes`.
+    """
+    ends = np.cumsum(lengths[encoded.ids])  # (n,) bytes of the text up to and with each token
     positions, n_bytes, at = [], 0, 0
     for character, name in document.positions:
         n_bytes, at = n_bytes + len(document.text[at:character].encode()), character

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from octavo.data.extract.container import Container, open_container
+from octavo.data.extract.tables import Tables
 from octavo.data.extract.text import TextBuilder
 from octavo.data.extract.xml_events import End, Event, Start, element, events, skip
 from octavo.data.raw_records import RawRecord
@@ -99,16 +100,15 @@ def _count_heads(container: Container, folder: str, removed: Counter[str]) -> No
 
 
 class _Body:
-    """Reads the events of a body into a TextBuilder. A row of a table is one line, with tabs between its cells."""
+    """Reads the events of a body into a TextBuilder."""
 
     def __init__(self, builder: TextBuilder, styles: dict[str, str], notes: list[str]) -> None:
         self._builder, self._styles, self._notes = builder, styles, notes
         self._paragraphs: list[list[str]] = []  # the open ones: a text box is within a paragraph
-        self._rows: list[list[list[str]]] = []  # of the open tables: the cells of the current row, each of paragraphs
+        self._tables = Tables(builder)
         self._style = ""
         self._in_run = False
         self._hidden = False
-        self._first_row = False
 
     def read(self, stream: Iterator[Event]) -> None:
         """All events of the stream."""
@@ -160,36 +160,27 @@ class _Body:
             if name != "br" or attributes.get("type", "textWrapping") == "textWrapping":
                 self._paragraphs[-1].append(_CHARACTERS[name])
         elif name == "tbl":
-            self._rows.append([])
-            self._first_row = True
-        elif name == "tr" and self._rows:
-            self._rows[-1] = []
-        elif name == "tc" and self._rows:
-            self._rows[-1].append([])
+            self._tables.begin_table()
+        elif name == "tr":
+            self._tables.begin_row()
+        elif name == "tc":
+            self._tables.begin_cell()
 
     def _end(self, name: str) -> None:
         if name == "r":
             self._in_run = self._hidden = False
         elif name == "p" and self._paragraphs:
             self._paragraph("".join(self._paragraphs.pop()))
-        elif name == "tr" and self._rows:
-            cells = [" ".join(" ".join(paragraphs).split()) for paragraphs in self._rows[-1]]
-            self._rows[-1] = []
-            if len(self._rows) > 1 and self._rows[-2]:
-                self._rows[-2][-1].append(" ".join(cells))  # a table within a cell
-            elif any(cells):
-                self._builder.add("\t".join(cells).rstrip("\t"), "\n\n" if self._first_row else "\n")
-                self._first_row = False
-        elif name == "tbl" and self._rows:
-            self._rows.pop()
+        elif name == "tr":
+            self._tables.end_row()
+        elif name == "tbl":
+            self._tables.end_table()
 
     def _paragraph(self, text: str) -> None:
         heading = re.fullmatch(r"heading ?([1-9])", self._style)
         if re.fullmatch(r"toc ?\d", self._style):
             self._builder.removed["table of contents line"] += bool(text.strip())
-        elif self._rows and self._rows[-1]:
-            self._rows[-1][-1].append(text)
-        else:
+        elif not self._tables.take(text):
             if heading and int(heading[1]) <= _CHAPTER_LEVELS and text.strip():
                 self._builder.chapter(text)
             self._builder.add(text)

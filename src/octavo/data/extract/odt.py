@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from octavo.data.extract.container import Container, encrypted, open_container
+from octavo.data.extract.tables import Tables
 from octavo.data.extract.text import TextBuilder
 from octavo.data.extract.xml_events import End, Event, Start, element, events, skip
 from octavo.data.raw_records import RawRecord
@@ -65,14 +66,13 @@ def _count_heads(container: Container, builder: TextBuilder) -> None:
 
 
 class _Body:
-    """Reads the events of a body into a TextBuilder. A row of a table is one line, with tabs between its cells."""
+    """Reads the events of a body into a TextBuilder."""
 
     def __init__(self, builder: TextBuilder) -> None:
         self._builder = builder
         self._paragraphs: list[list[str]] = []  # the open ones: a text box is within a paragraph
         self._levels: list[int] = []  # of the open paragraphs: that of a heading, else 0
-        self._cells: list[list[list[str]]] = []  # of the open tables: the cells of the current row, each of paragraphs
-        self._first_row = False
+        self._tables = Tables(builder)
 
     def read(self, stream: Iterator[Event]) -> None:
         """All events of the stream."""
@@ -110,29 +110,21 @@ class _Body:
         elif name in ("s", "tab", "line-break") and self._paragraphs:
             self._append({"s": " ", "tab": "\t", "line-break": "\n"}[name])
         elif name == "table":
-            self._cells.append([])
-            self._first_row = True
-        elif name == "table-row" and self._cells:
-            self._cells[-1] = []
-        elif name == "table-cell" and self._cells:
-            self._cells[-1].append([])
+            self._tables.begin_table()
+        elif name == "table-row":
+            self._tables.begin_row()
+        elif name == "table-cell":
+            self._tables.begin_cell()
 
     def _end(self, name: str) -> None:
         if name in ("p", "h") and self._paragraphs:
             text, level = "".join(self._paragraphs.pop()), self._levels.pop()
-            if self._cells and self._cells[-1]:
-                self._cells[-1][-1].append(text)
+            if self._tables.take(text):
                 return
             if 0 < level <= _CHAPTER_LEVELS and text.strip():
                 self._builder.chapter(text)
             self._builder.add(text)
-        elif name == "table-row" and self._cells:
-            cells = [" ".join(" ".join(paragraphs).split()) for paragraphs in self._cells[-1]]
-            self._cells[-1] = []
-            if len(self._cells) > 1 and self._cells[-2]:
-                self._cells[-2][-1].append(" ".join(cells))  # a table within a cell
-            elif any(cells):
-                self._builder.add("\t".join(cells).rstrip("\t"), "\n\n" if self._first_row else "\n")
-                self._first_row = False
-        elif name == "table" and self._cells:
-            self._cells.pop()
+        elif name == "table-row":
+            self._tables.end_row()
+        elif name == "table":
+            self._tables.end_table()
