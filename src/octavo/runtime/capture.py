@@ -5,6 +5,11 @@ those that dropout registers. The first registration of a generator allocates de
 has entered the graph on one side only, and ends the process when the graph is freed ("The graph should be registered to
 the state"). So as much memory is allocated and freed just before: there a lack of memory is an ordinary
 `OutOfMemoryError`, after which training goes on with less memory.
+
+cuBLAS has a workspace for every stream of every thread, 32 MiB on Hopper, and autograd runs backward in a thread of its
+own. The first matmul of each allocates it, for good. Within a step that is between two activations, and no later
+tensor that is larger than the rest of the free block fits there. So they are allocated before a step, and before
+a capture outside of the graph's memory.
 """
 
 from __future__ import annotations
@@ -20,10 +25,17 @@ STATE_BYTES = 2 * 512  # of a generator: seed and offset, a smallest block each
 
 
 @contextmanager
-def capturing(graph: torch.cuda.CUDAGraph, pool: Any, device: torch.device) -> Iterator[None]:
-    """The work of the body becomes the graph. OutOfMemoryError if there is no memory for the capture to begin."""
+def capturing(
+    graph: torch.cuda.CUDAGraph, pool: Any, device: torch.device, *, backward: bool = False
+) -> Iterator[None]:
+    """The work of the body becomes the graph; `backward`: a backward pass is part of it.
+
+    OutOfMemoryError if there is no memory for the capture to begin.
+    """
     context = torch.cuda.graph(graph, pool=pool)
     with torch.cuda.stream(context.capture_stream):
+        if backward:
+            allocate_workspaces(device)
         require_memory(device)
     with context:
         yield
@@ -35,6 +47,15 @@ def register(graph: torch.cuda.CUDAGraph, generators: list[torch.Generator], dev
         require_memory(device, STATE_BYTES * len(generators))
     for generator in generators:
         graph.register_generator_state(generator)
+
+
+def allocate_workspaces(device: torch.device) -> None:
+    """Allocates cuBLAS's workspaces of the current stream: of this thread, and of autograd's for the device."""
+    if device.type != "cuda":
+        return
+    with torch.enable_grad():
+        x = torch.zeros(16, 16, device=device, requires_grad=True)
+        torch.mm(x, x).sum().backward()
 
 
 def require_memory(device: torch.device, size: int = 2 * STATE_BYTES) -> None:

@@ -24,7 +24,6 @@ from octavo.hardware import Peak, Rates, rates_of
 from octavo.runtime.dispatch import OP_OBSERVERS
 from octavo.runtime.offload import pinned_bytes
 
-CUBLAS_BYTES = 32 * 2**20  # cuBLAS's workspace of a CUDA graph on Hopper, from the first matmul on; 8 MiB elsewhere
 ROUND, SMALL = 512, 2**20  # bytes: sizes are rounded up to ROUND; up to SMALL they are allocated from separate pages
 PAGES = {True: 2 * 2**20, False: 20 * 2**20}  # bytes by which an arena grows: of small blocks, of others
 
@@ -148,8 +147,6 @@ class _Recorder(TorchDispatchMode):
         made = [tensor for tensor in results if isinstance(tensor, Tensor) and tensor.is_meta and self._made(tensor)]
         name = function.__name__.partition(".")[0]
         if name in ("mm", "addmm", "addmm_"):
-            if not self.flops:
-                self.arenas[False].allocate(CUBLAS_BYTES)
             a, b = given[-2:]
             self.flops += 2.0 * a.shape[0] * a.shape[1] * b.shape[1]
         elif (made or name.endswith("_")) and not name.startswith(("empty", "new_")):  # these move no data

@@ -26,7 +26,7 @@ from octavo.layers.frozen import FrozenLinear
 from octavo.models import Decoder
 from octavo.objective import Inputs, Objective, inputs_of, next_token_loss
 from octavo.ops.attention import Documents, find_documents
-from octavo.runtime.capture import capturing
+from octavo.runtime.capture import allocate_workspaces, capturing
 from octavo.runtime.offload import join
 from octavo.train.memory import MemoryPlan, document_slots, most_documents
 from octavo.train.precision import Precision, matmul8_of
@@ -148,7 +148,7 @@ class _Graph:
         self.dropout = GraphDropout(self.graph, self._count_masks(eager, inputs), device)
         options = replace(eager.options, dropout=self.dropout)
         torch.cuda.empty_cache()  # cached blocks of eager passes would add to the memory of the graph
-        with capturing(self.graph, pool, device):
+        with capturing(self.graph, pool, device, backward=True):
             if reserved_bytes:
                 torch.empty(reserved_bytes, dtype=torch.uint8, device=device)  # freed at once, for the step's blocks
             try:
@@ -238,6 +238,7 @@ class PlannedStep:
 
     def _make(self) -> EagerStep | GraphStep:
         """The step of the plan, with its tensors."""
+        allocate_workspaces(self.decoder.embed.matrix.device)
         matmul8 = matmul8_of(self.decoder, self.precision, transposed=self.plan.transposed)
         options = ForwardOptions(
             self.plan.save, self.plan.offload, matmul8, fused=self.fused, tiled_head=self.plan.tiled_head
