@@ -7,9 +7,9 @@ to 97 % (20 documents: below 90 %), or a width above 1.3.
 
 The pools: documents with lengths spread as exp(N(0, 1)), whose losses have an effect of the document and noise of the
 tokens, before and after correlated; the same with gains that are skewed; rows of a long text whose gains depend on
-their neighbours. With `--model` also paragraphs of the plays in src/octavo/shakespeare, with the losses of the model in
-full precision and under `--scheme` (many minutes on a CPU; `--losses` keeps them in an .npz file, and reads it if it
-exists).
+their neighbours. With `--model` also the plays in src/octavo/shakespeare, as paragraphs and as rows of one long text:
+the losses are those of the model in full precision and under `--scheme`, or with `--adapter` those under `--scheme` without
+and with it (many minutes on a CPU; `--losses` keeps them in an .npz file, and reads it if it exists).
 """
 
 from __future__ import annotations
@@ -119,19 +119,23 @@ def coverage(pool: Pool, size: int, *, sets: int = 500, seed: int = 1) -> Covera
     return Coverage(pool.name, pool.over, size, covered / sets, float(np.mean(widths) / (3.92 * np.std(estimates))))
 
 
-def paragraphs(model: str, scheme: str, losses: Path | None) -> Iterator[Pool]:
-    """The paragraphs of the plays, scored in full precision and under `scheme`."""
+def plays(model: str, scheme: str, adapter: Path | None, losses: Path | None) -> Iterator[Pool]:
+    """The paragraphs of the plays, and their rows in order, scored by two models."""
     if losses is None or not losses.is_file():
-        arrays = score_paragraphs(model, scheme)
+        arrays = score_plays(model, scheme, adapter)
         if losses:
             np.savez(losses, **arrays)  # type: ignore[arg-type]
     else:
         arrays = dict(np.load(losses))
-    yield Pool(f"paragraphs, {model} {scheme}", DOCUMENTS, arrays["before"], arrays["after"], arrays["tokens"])
+    pair = "none, " + scheme if adapter is None else "before, after"
+    for over in (DOCUMENTS, ROWS):
+        yield Pool(f"plays, {pair}", over, *(arrays[f"{over} {name}"] for name in ("before", "after", "tokens")))
 
 
-def score_paragraphs(model: str, scheme: str) -> dict[str, npt.NDArray[Any]]:
-    """{"before", "after": nats (P,), "tokens": (P,)} of all paragraphs of more than 20 characters."""
+def score_plays(model: str, scheme: str, adapter: Path | None) -> dict[str, npt.NDArray[Any]]:
+    """{"documents before": nats (P,), "documents after": (P,), "documents tokens": (P,)} of all paragraphs of more than
+    20 characters, and the same of the rows in order of all plays as one text."""
+    from octavo import adapters
     from octavo.commands.data import to_text
     from octavo.commands.loading import load_model, opened
     from octavo.config import ModelOptions, TextOptions
@@ -140,32 +144,42 @@ def score_paragraphs(model: str, scheme: str) -> dict[str, npt.NDArray[Any]]:
     from octavo.metrics import score
     from octavo.ops.quantize import scheme_named
     from octavo.reporting import Report
+    from octavo.runs.adapter import adapter_folder
+    from octavo.store import peft
 
     texts = [part for file in sorted(PLAYS.glob("*/*.txt")) for part in file.read_text("utf-8").split("\n\n")]
     named = [from_text(text, source=f"paragraph {i}", line=0) for i, text in enumerate(texts) if len(text.strip()) > 20]
+    whole = [from_text("\n\n".join(texts), source="plays", line=0)]
     arrays: dict[str, npt.NDArray[Any]] = {}
     with Report() as report:
         hardware, source = opened(ModelOptions(model=model), report)
-        packed = to_text(Reading(named), TextOptions(seq_len=256), source.tokenizer(), report).measurable(0)
-        for name, chosen in (("before", "none"), ("after", scheme)):
+        for name, chosen in (("before", "none" if adapter is None else scheme), ("after", scheme)):
             loaded = load_model(source, scheme_named(chosen), hardware, report)
-            with report.progress(len(packed), f"Scoring ({chosen})") as bar:
-                units = score(loaded, packed, n_bytes=1, batch_size=8, progress=bar.advance).units
-            assert units is not None
-            arrays |= {name: units.nats, "tokens": units.tokens}
+            if adapter is not None and name == "after":
+                folder = adapter_folder(adapter, say=report.say, warn=report.warn)
+                adapters.apply_(loaded, peft.read(folder))
+            for over, texts_of, length in ((DOCUMENTS, named, 256), (ROWS, whole, 128)):
+                packed = to_text(Reading(texts_of), TextOptions(seq_len=length), source.tokenizer(), report)
+                scored = packed.measurable(0)
+                with report.progress(len(scored), f"Scoring {over} ({name})") as bar:
+                    units = score(loaded, scored, n_bytes=1, batch_size=8, progress=bar.advance).units
+                assert units is not None
+                assert units.over == over
+                arrays |= {f"{over} {name}": units.nats, f"{over} tokens": units.tokens}
     return arrays
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sets", type=int, default=2000, help="test sets of each size")
-    parser.add_argument("--model", help="also measure on paragraphs scored by this model, as smollm2")
-    parser.add_argument("--scheme", default="nf4", help="the scheme of the second losses")
+    parser.add_argument("--model", help="also measure on the plays scored by this model, as smollm2")
+    parser.add_argument("--scheme", default="nf4", help="the scheme of the second losses, with --adapter of both")
+    parser.add_argument("--adapter", type=Path, help="an adapter or run that only the second losses are with")
     parser.add_argument("--losses", type=Path, help="file that keeps the losses of --model")
     args = parser.parse_args()
     pools = [documents(), documents(skewed=True), rows(), rows(correlation=0.3)]
     if args.model:
-        pools += paragraphs(args.model, args.scheme, args.losses)
+        pools += plays(args.model, args.scheme, args.adapter, args.losses)
     failed = False
     sys.stdout.write(f"{'pool':<26} {'units':>20} {'coverage':>9} {'width / spread':>15}\n")
     for pool in pools:
