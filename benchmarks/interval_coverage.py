@@ -8,8 +8,8 @@ to 97 % (20 documents: below 90 %), or a width above 1.3.
 The pools: documents with lengths spread as exp(N(0, 1)), whose losses have an effect of the document and noise of the
 tokens, before and after correlated; the same with gains that are skewed; rows of a long text whose gains depend on
 their neighbours. With `--model` also the plays in src/octavo/shakespeare, as paragraphs and as rows of one long text:
-the losses are those of the model in full precision and under `--scheme`, or with `--adapter` those under `--scheme` without
-and with it (many minutes on a CPU; `--losses` keeps them in an .npz file, and reads it if it exists).
+the losses are those of the model in full precision and under `--scheme`, or with `--adapter` those under `--scheme`
+without and with it (many minutes on a CPU; `--losses` keeps them in an .npz file, and reads it if it exists).
 """
 
 from __future__ import annotations
