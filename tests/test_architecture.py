@@ -22,7 +22,7 @@ LEVELS = {
     8: ("octavo", "__main__"),
     7: ("api", "cli", "exits", "flags", "server"),
     6: ("config", "commands", "harness"),
-    5: ("train", "infer", "intervals", "metrics", "objective", "html_report"),
+    5: ("train", "infer", "intervals", "metrics", "objective", "html_report", "tracking"),
     4: ("store", "runs", "adapters"),
     3: ("models",),
     2: ("layers", "fused"),
@@ -81,6 +81,7 @@ SIDEWAYS = {
 ONLY_IMPORTED_BY = {
     "config": {"api", "cli", "flags", "server", "commands", "harness"},
     "kernels": {"runtime"},
+    "tracking": {"commands"},
 }
 ONLY_IMPORTS = {
     "cli": {

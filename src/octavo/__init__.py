@@ -20,7 +20,20 @@ from octavo.errors import (
 )
 
 if TYPE_CHECKING:
-    from octavo.api import Run, compare, convert, evaluate, finetune, generate, list_runs, load, plan, quantize, serve
+    from octavo.api import (
+        Run,
+        compare,
+        convert,
+        evaluate,
+        finetune,
+        generate,
+        list_runs,
+        load,
+        plan,
+        push,
+        quantize,
+        serve,
+    )
     from octavo.api.language_model import LanguageModel
 
 __all__ = [
@@ -44,6 +57,7 @@ __all__ = [
     "list_runs",
     "load",
     "plan",
+    "push",
     "quantize",
     "serve",
 ]

@@ -26,6 +26,7 @@ from octavo.config.commands import EVALUATE as EVALUATE
 from octavo.config.commands import FINETUNE as FINETUNE
 from octavo.config.commands import GENERATE as GENERATE
 from octavo.config.commands import PLAN as PLAN
+from octavo.config.commands import PUSH as PUSH
 from octavo.config.commands import QUANTIZE as QUANTIZE
 from octavo.config.commands import RUNS as RUNS
 from octavo.config.commands import SERVE as SERVE
@@ -171,6 +172,16 @@ def runs(config: Config, as_json: bool) -> None:
 def compare(config: Config, as_json: bool) -> None:
     """Compare runs: settings that differ, results, differences with intervals, loss curves, samples."""
     from octavo.commands.compare import compare as run
+    from octavo.reporting import Report
+
+    with Report(results=not as_json) as report:
+        _print_json(run(config, report), as_json)
+
+
+@command(app, PUSH, usual=("run", "repository", "private", "revision", "dry_run"), positional=("run", "repository"))
+def push(config: Config, as_json: bool) -> None:
+    """Upload the adapter of a run to the Hugging Face hub, with a model card. `hf auth login` stores the token."""
+    from octavo.commands.push import push as run
     from octavo.reporting import Report
 
     with Report(results=not as_json) as report:

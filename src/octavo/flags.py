@@ -21,7 +21,7 @@ from octavo.streams import output
 
 Command = Callable[[Config, bool], None]
 
-POSITIONAL = "positional_value"  # the Python parameter of the positional argument
+POSITIONAL = "positional"  # the beginning of the Python parameters of positional arguments
 
 
 def command(
@@ -29,26 +29,28 @@ def command(
     sections: tuple[type[Section], ...],
     *,
     usual: tuple[str, ...],
-    positional: str | None = None,
+    positional: str | tuple[str, ...] = (),
     defaults: Mapping[str, Any] | None = None,
 ) -> Callable[[Command], Command]:
     """Registers a command on `app` whose options are the fields of `sections`.
 
     `usual` are the fields that --help shows first; the others are in one panel for each section. `positional` names the
-    field that can also be a positional argument. `defaults` override those of the sections. The function gets the
+    fields that can also be positional arguments. `defaults` override those of the sections. The function gets the
     validated Config and whether `--json` was passed.
     """
     command_defaults = dict(defaults or {})
+    names = (positional,) if isinstance(positional, str) else positional
 
     def register(function: Command) -> Command:
         @functools.wraps(function)
         def run(**arguments: Any) -> None:
             file, print_config = arguments.pop("config"), arguments.pop("print_config")
             as_json = arguments.pop("as_json")
-            argument = arguments.pop(POSITIONAL, None)
+            given = {name: arguments.pop(f"{POSITIONAL}_{name}", None) for name in names}
             flags = {name: value for name, value in arguments.items() if value not in (None, [])}
-            if argument and positional:
-                flags[positional] = [*argument, *flags.get(positional, [])] if isinstance(argument, list) else argument
+            for name, argument in given.items():
+                if argument:
+                    flags[name] = [*argument, *flags.get(name, [])] if isinstance(argument, list) else argument
             config = configure(sections, flags, file, defaults=command_defaults)
             if print_config:
                 with output():
@@ -56,7 +58,7 @@ def command(
                 return
             function(config, as_json)
 
-        run.__signature__ = _signature(sections, usual, positional, command_defaults)  # type: ignore[attr-defined]
+        run.__signature__ = _signature(sections, usual, names, command_defaults)  # type: ignore[attr-defined]
         run.__annotations__ = {name: p.annotation for name, p in run.__signature__.parameters.items()}  # type: ignore[attr-defined]
         app.command(name=function.__name__, help=function.__doc__, epilog=EXIT_CODES)(run)
         return function
@@ -65,15 +67,18 @@ def command(
 
 
 def _signature(
-    sections: tuple[type[Section], ...], usual: tuple[str, ...], positional: str | None, defaults: Mapping[str, Any]
+    sections: tuple[type[Section], ...],
+    usual: tuple[str, ...],
+    positional: tuple[str, ...],
+    defaults: Mapping[str, Any],
 ) -> inspect.Signature:
     """The parameters for typer: one option for each field, None unless passed, then --config and others."""
     parameters = []
-    if positional is not None:
-        field = dict(fields(sections))[positional]
+    for name in positional:
+        field = dict(fields(sections))[name]
         argument_type = str if field.annotation == (str | None) else list[str]
-        argument = typer.Argument(help=_escaped(str(field.description)), show_default=False, metavar=positional.upper())
-        parameters.append(_parameter(POSITIONAL, Annotated[argument_type | None, argument]))
+        argument = typer.Argument(help=_escaped(str(field.description)), show_default=False, metavar=name.upper())
+        parameters.append(_parameter(f"{POSITIONAL}_{name}", Annotated[argument_type | None, argument]))
     panels = {name: section.panel for section in sections for name in section.model_fields}
     assert set(usual) <= panels.keys(), usual
     all_fields = dict(fields(sections))

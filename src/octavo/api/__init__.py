@@ -22,13 +22,14 @@ from octavo.api.results import (
     EvaluateResult,
     GenerateResult,
     PlanResult,
+    PushResult,
     QuantizeResult,
     RunsResult,
 )
 from octavo.api.run import Run as Run
 from octavo.api.run import watched
 from octavo.config import Config, PromptOptions, RunOptions
-from octavo.config.commands import COMPARE, CONVERT, EVALUATE, FINETUNE, GENERATE, PLAN, QUANTIZE, RUNS, SERVE
+from octavo.config.commands import COMPARE, CONVERT, EVALUATE, FINETUNE, GENERATE, PLAN, PUSH, QUANTIZE, RUNS, SERVE
 from octavo.errors import StoppedError, UsageError
 from octavo.reporting import Report
 from octavo.runs.events import Event
@@ -142,6 +143,15 @@ def compare(config: Config, quiet: bool) -> CompareResult:
 
     with Report(console=not quiet) as report:
         return cast(CompareResult, run(config, report))
+
+
+@with_options(PUSH, positional="run")
+def push(config: Config, quiet: bool) -> PushResult:
+    """Uploads the adapter of a run to the Hugging Face hub, with a model card, in one commit."""
+    from octavo.commands.push import push as run
+
+    with Report(console=not quiet) as report:
+        return cast(PushResult, run(config, report))
 
 
 @with_options(SERVE)

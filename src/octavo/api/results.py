@@ -250,3 +250,14 @@ class CompareResult(TypedDict):
     differences: list[RunDifference]
     samples: list[SamplesOfPrompt]
     report: str | None
+
+
+class PushResult(TypedDict):
+    """What was uploaded: the files with their sizes in bytes. `url` and `commit` are None after a dry run."""
+
+    repository: str
+    revision: str
+    files: dict[str, int]
+    url: str | None
+    commit: str | None
+    readme: str

@@ -22,6 +22,7 @@ from octavo.config import (
     ModelOptions,
     PlanOptions,
     PromptOptions,
+    PushOptions,
     QuantizeOptions,
     RunOptions,
     RunsOptions,
@@ -50,6 +51,7 @@ QUANTIZE: Sections = (ModelOptions, QuantizeOptions)
 CONVERT: Sections = (ConvertOptions,)
 RUNS: Sections = (RunsOptions,)
 COMPARE: Sections = (CompareOptions,)
+PUSH: Sections = (PushOptions,)
 CHECK: Sections = (CheckOptions,)
 DATA: Sections = (ModelOptions, DataOptions, TextOptions)
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from octavo.config.section import Columns, Date, MemorySize, Names, Paths, Section, Text, Texts
+from octavo.config.section import Columns, Date, MemorySize, Names, Paths, Section, Text, Texts, Trackers
 
 MAX_ROWS = 10**6  # of a step: more is a mistake, which the memory plan would simulate for minutes
 
@@ -185,6 +185,9 @@ class RunOptions(Section):
     sample_every: int = Field(0, ge=0, description="Steps between samples; 0: only before and after training.")
     sample_prompt: Texts = Field([], description="Prompt for samples before and after training; may be repeated.")
     sample_tokens: int = Field(80, ge=1, description="New tokens of a sample.")
+    track: Trackers = Field(
+        [], description="Trackers that get the run's numbers and samples, as tensorboard,wandb,mlflow,trackio."
+    )
     stop_after: int | None = Field(None, ge=1, description="Stop after so many steps; --resume continues.")
 
 
@@ -343,6 +346,19 @@ class CompareOptions(Section):
 
     runs: Paths = Field([], description="Run folder, 2 to 8 of them; the others are compared with the first.")
     report: Path | None = Field(None, description="Also write the comparison to this HTML file.")
+
+
+class PushOptions(Section):
+    """What to upload to the Hugging Face hub, and where to."""
+
+    panel = "Hub"
+
+    run: str | None = Field(None, description="Folder of a finished run, or RUN@STEP for one of its checkpoints.")
+    repository: str | None = Field(None, description="Repository on the hub, as owner/name.")
+    private: bool = Field(False, description="Create the repository as a private one.")
+    revision: str | None = Field(None, description="Branch to write to; default: main.")
+    file_names: bool = Field(True, description="Name the files of the data in the model card.")
+    dry_run: bool = Field(False, description="Print the model card and list the files; upload nothing.")
 
 
 class CheckOptions(Section):

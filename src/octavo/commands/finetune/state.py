@@ -19,7 +19,7 @@ from octavo.adapters import AdapterPlan
 from octavo.bounded_json import JsonError, integer, number, shown
 from octavo.commands.backends import wants_8bit
 from octavo.commands.data import Text
-from octavo.commands.finetune.model_card import model_card
+from octavo.commands.model_card import About, model_card
 from octavo.commands.run_plan import FittedPlan
 from octavo.config import Config, LoraOptions, MemoryOptions, ModelOptions, RunOptions, TextOptions, TrainOptions
 from octavo.config.settings import parse_settings
@@ -35,6 +35,7 @@ from octavo.runs.checkpoint_folder import DELETE, STATE
 from octavo.runs.events import ScoreRow
 from octavo.runs.folder import RunFolder
 from octavo.store import peft
+from octavo.store.base_names import hub_id, licence_of
 from octavo.store.peft import ORIGIN, Adapter
 from octavo.store.sources import Source, fingerprint
 from octavo.train.loop import Step, Trainer
@@ -175,9 +176,11 @@ def trained_adapter(run: Run) -> Adapter:
 
 def adapter_files(run: Run, adapter: Adapter) -> Callable[[Path], None]:
     """A function that writes the files of an adapter of this run into an empty folder."""
-    base, step = run.config[ModelOptions].model, adapter.origin["step"]
+    base, step = hub_id(run.config[ModelOptions].model), adapter.origin["step"]
     modules = module_names(run.model.config)
-    readme = model_card(run.config, base=base, base_sha256=run.base_sha256, step=step)
+    settings = parse_settings(run.config.to_yaml(), "The settings of the run")
+    # Without results, which a finished run adds (finetune/folder.py).
+    readme = model_card(About(settings, base, run.base_sha256, step, licence_of(run.config[ModelOptions].model)))
     return partial(peft.fill, adapter=adapter, modules=modules, biases=run.plan.biases, base=base, readme=readme)
 
 
