@@ -36,6 +36,7 @@ COMMANDS = (
     "serve",
     "runs",
     "compare",
+    "tune",
 )
 DOCUMENTED_OPTIONS = {
     "finetune": "model data test-data out scheme rank alpha lora-targets seq-len batch-size micro-batch-size epochs "
@@ -52,6 +53,7 @@ DOCUMENTED_OPTIONS = {
     "demo": "out steps json",
     "runs": "folders sort depth json",
     "compare": "runs report json",
+    "tune": "model data test-data test-fraction minutes lr rank report resume out json",
 }
 GREEDY = ("--temperature", 0, "--max-new-tokens", 8, "--scheme", "none", "--dtype", "float32")
 

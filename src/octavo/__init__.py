@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         push,
         quantize,
         serve,
+        tune,
     )
     from octavo.api.language_model import LanguageModel
 
@@ -60,6 +61,7 @@ __all__ = [
     "push",
     "quantize",
     "serve",
+    "tune",
 ]
 
 

@@ -30,6 +30,7 @@ from octavo.config.commands import PUSH as PUSH
 from octavo.config.commands import QUANTIZE as QUANTIZE
 from octavo.config.commands import RUNS as RUNS
 from octavo.config.commands import SERVE as SERVE
+from octavo.config.commands import TUNE as TUNE
 from octavo.errors import StoppedError, UsageError
 from octavo.exits import EXIT_CODES, exit_with
 from octavo.flags import command
@@ -58,6 +59,16 @@ def finetune(config: Config, as_json: bool) -> None:
     from octavo.commands.finetune import finetune as run
 
     _print_json(run(config, console=True, results=not as_json), as_json)
+
+
+@command(app, TUNE, usual=("model", "data", "test_data", "test_fraction", "minutes", "out", "lr", "rank", "report"))
+def tune(config: Config, as_json: bool) -> None:
+    """Choose the learning rate and the LoRA rank by short runs within --minutes, and say how sure that is."""
+    from octavo.commands.tune import tune as run
+    from octavo.reporting import Report
+
+    with Report(results=not as_json) as report:
+        _print_json(run(config, report), as_json)
 
 
 @command(app, PLAN, usual=("model", "gpu_memory", "gpu", "scheme", "seq_len", "batch_size", "rank"))

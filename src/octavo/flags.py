@@ -127,12 +127,16 @@ def _help(field: FieldInfo, default: Any) -> str:
     if isinstance(default, bool):
         default_text: object = "on" if default else "off"
     else:
-        default_text = ", ".join(default) if isinstance(default, list) else default
+        default_text = ", ".join(map(_item, default)) if isinstance(default, list) else default
     choices = [str(choice) for choice in get_args(field.annotation) if isinstance(choice, str)]
     notes = [f"[{'|'.join(choices)}]"] if choices else []
     if default_text not in (None, "", PydanticUndefined):
         notes.append(f"[default: {default_text}]")
     return _escaped(" ".join([str(field.description), *notes]))
+
+
+def _item(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _escaped(text: str) -> str:

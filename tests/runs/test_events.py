@@ -37,6 +37,7 @@ WRITTEN: list[Event] = [
     events.Warn("warned"),
     events.Evaluation(2, ROWS, (DIFFERENCE, Difference("a", after="b")), (FileDifference("a.txt", 9, 0.5, INTERVAL),)),
     events.HeldOutLosses(2, "tuned", "documents", "AACAPw==", "AwAAAA==", 1, 1, 9, "a1", "b2"),
+    events.EarlyStop(2, "the held-out loss rises"),
     events.Failure("the disk is full"),
     events.Memory(2, 2**40),
 ]
@@ -44,8 +45,8 @@ WRITTEN: list[Event] = [
 
 # The kinds in the files of all versions: a kind that is renamed is a new one, and its lines of earlier runs are lost.
 RECORDED = {
-    "evaluation", "failure", "hardware", "heldout", "heldout_losses", "matmul", "matmul_speed", "memory", "overlap",
-    "quantization_cost", "sample", "say", "step", "versions", "warn",
+    "early_stop", "evaluation", "failure", "hardware", "heldout", "heldout_losses", "matmul", "matmul_speed", "memory",
+    "overlap", "quantization_cost", "sample", "say", "step", "versions", "warn",
 }  # fmt: skip
 
 

@@ -25,11 +25,24 @@ from octavo.api.results import (
     PushResult,
     QuantizeResult,
     RunsResult,
+    TuneResult,
 )
 from octavo.api.run import Run as Run
 from octavo.api.run import watched
 from octavo.config import Config, PromptOptions, RunOptions
-from octavo.config.commands import COMPARE, CONVERT, EVALUATE, FINETUNE, GENERATE, PLAN, PUSH, QUANTIZE, RUNS, SERVE
+from octavo.config.commands import (
+    COMPARE,
+    CONVERT,
+    EVALUATE,
+    FINETUNE,
+    GENERATE,
+    PLAN,
+    PUSH,
+    QUANTIZE,
+    RUNS,
+    SERVE,
+    TUNE,
+)
 from octavo.errors import StoppedError, UsageError
 from octavo.reporting import Report
 from octavo.runs.events import Event
@@ -59,6 +72,15 @@ def _stopped(out: Path) -> tuple[str, str]:
     if not steps:
         return "Stopped by a signal; there is no checkpoint yet.", f"{call} starts from the beginning."
     return f"Stopped by a signal; the newest checkpoint is of step {steps[-1]:,}.", f"{call} continues after it."
+
+
+@with_options(TUNE)
+def tune(config: Config, quiet: bool) -> TuneResult:
+    """Chooses the learning rate and the LoRA rank by short runs within `minutes`, and says how sure that is."""
+    from octavo.commands.tune import tune as run
+
+    with Report(console=not quiet) as report:
+        return cast(TuneResult, run(config, report))
 
 
 @with_options(EVALUATE)

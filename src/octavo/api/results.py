@@ -92,11 +92,60 @@ class FinetuneResult(TypedDict):
     steps: int
     train_loss: float | None
     best_step: int | None
+    stopped_early: str | None  # why --early-stop ended the run
     rows: list[NamedScore]
     differences: list[Difference]
     verdict: Verdict
     held_out: dict[str, Any] | None
     peak_memory_bytes: int
+
+
+class TuneCell(TypedDict):
+    """A learning rate with a rank. Each of its `trials` has `steps` and the `loss` on the text that chooses.
+
+    The loss is None for a trial that diverged.
+    """
+
+    lr: float
+    rank: int
+    trials: list[dict[str, Any]]
+
+
+class TuneComparison(TypedDict):
+    """How much lower the loss of the choice is than that of `other`, in nats a token.
+
+    `probability` is that of a positive difference on other text of this kind.
+    """
+
+    other: str
+    lower_by: float
+    interval: Interval | None
+    probability: float | None
+
+
+class TuneResult(TypedDict):
+    """The choice of a search, and how sure it is.
+
+    `measured_on`: "verdict", held-out text that chose nothing, or "choosing" if the time ended before. `beats_default`:
+    the interval against the default settings has positive values alone. `command` trains with the choice, `steps` are
+    those of the trials that chose, `complete` is False if the time ended before the last round.
+    """
+
+    out: str
+    choice: dict[str, Any]
+    default: dict[str, Any]
+    steps: int
+    measured_on: str
+    against_base: TuneComparison | None
+    against_default: TuneComparison | None
+    against_second: TuneComparison | None
+    complete: bool
+    beats_default: bool
+    sentences: list[str]
+    command: str
+    cells: list[TuneCell]
+    seconds: float
+    report: str | None
 
 
 class EvaluateResult(TypedDict):

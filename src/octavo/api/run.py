@@ -34,11 +34,11 @@ class Run:
     A notebook shows its report. Attributes are read when the run is opened. UsageError for a folder without a run.
 
     out: the folder. adapter: the folder of the adapter; None if the run stopped before its last step. report:
-    report.html. steps: those that are done. train_loss: the loss of the last one, in nats a token. best_step: the step
-    of the adapter, if held-out text chose it. rows, differences: the table of scores (octavo.api.results). verdict:
-    what the held-out text shows, in sentences (octavo.runs.verdict). held_out: the overlap of held-out and training
-    text. peak_memory_bytes: of the last call. settings: all options of the run. events: all events in order
-    (octavo.runs.events).
+    report.html. steps: those that are done. train_loss: the loss of the last one, in nats a token. best_step: the
+    step of the adapter, if held-out text chose it. stopped_early: why --early-stop ended the run, if it did. rows,
+    differences: the table of scores (octavo.api.results). verdict: what the held-out text shows, in sentences
+    (octavo.runs.verdict). held_out: the overlap of held-out and training text. peak_memory_bytes: of the last call.
+    settings: all options of the run. events: all events in order (octavo.runs.events).
     """
 
     def __init__(self, out: str | os.PathLike[str]) -> None:
@@ -60,6 +60,8 @@ class Run:
         self.differences = [cast(Difference, asdict(one)) for one in evaluation.differences] if evaluation else []
         overlap = events.last(self.events, events.Overlap)
         self.held_out: dict[str, Any] | None = asdict(overlap) if overlap else None
+        stop = events.last(self.events, events.EarlyStop)
+        self.stopped_early: str | None = stop.reason if stop and stop.step == self.steps else None
         memory = events.last(self.events, events.Memory)
         self.peak_memory_bytes: int = (memory and memory.peak_bytes) or 0
         self.verdict = verdict_of(self.events if finished else [])
@@ -112,6 +114,7 @@ class Run:
             "steps": self.steps,
             "train_loss": self.train_loss,
             "best_step": self.best_step,
+            "stopped_early": self.stopped_early,
             "rows": self.rows,
             "differences": self.differences,
             "verdict": cast(Verdict, self.verdict.to_dict()),

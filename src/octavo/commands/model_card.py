@@ -21,6 +21,7 @@ MAX_FILES = 200  # of the data that are listed; ledger.json of the run has all
 SETTINGS = (
     "scheme", "dtype", "seq_len", "rank", "alpha", "dropout", "rslora", "lora_targets", "train_norms", "train_biases",
     "steps", "epochs", "batch_size", "lr", "schedule", "warmup", "weight_decay", "optimizer", "seed", "keep",
+    "init_adapter",
 )  # fmt: skip
 
 
@@ -55,7 +56,7 @@ def model_card(about: About) -> str:
         _settings(about),
         _use(about, base),
         "## Limits\n\nThe figures are those of the held-out text alone: they say nothing about other text, about "
-        "facts, or about safety. The adapter repeats its training text where it has learnt it by heart. "
+        "facts, or about safety. The adapter can repeat parts of its training text word for word. "
         + ("" if about.licence else "The licence of the base is not recorded here; its terms apply to the adapter. "),
     ]
     return "\n\n".join(part.strip() for part in parts) + "\n"
@@ -113,6 +114,7 @@ def _data(about: About) -> list[str]:
 
 def _settings(about: About) -> str:
     values = [(name, about.settings.get(name)) for name in SETTINGS]
+    values = [(name, PurePath(value).name if name == "init_adapter" and value else value) for name, value in values]
     rows = [
         f"| {name.replace('_', ' ')} | {_cell(', '.join(map(str, value)) if isinstance(value, list) else str(value))} |"
         for name, value in values

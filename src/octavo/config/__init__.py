@@ -18,8 +18,8 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from octavo.bounded_json import shortened
+from octavo.config.demo import DEMO
 from octavo.config.options import (
-    DEMO,
     ChatOptions,
     CheckOptions,
     CompareOptions,
@@ -27,6 +27,7 @@ from octavo.config.options import (
     DataOptions,
     EvaluateOptions,
     GenerateOptions,
+    LoraCommon,
     LoraOptions,
     MemoryOptions,
     ModelOptions,
@@ -38,10 +39,12 @@ from octavo.config.options import (
     RunsOptions,
     ServeOptions,
     TextOptions,
+    TrainCommon,
     TrainingData,
     TrainOptions,
     WindowOptions,
 )
+from octavo.config.search import TuneOptions
 from octavo.config.section import Section, fields, flag_of, size_in_bytes
 from octavo.config.settings import read_settings
 from octavo.errors import UsageError
@@ -56,6 +59,7 @@ __all__ = [
     "DataOptions",
     "EvaluateOptions",
     "GenerateOptions",
+    "LoraCommon",
     "LoraOptions",
     "MemoryOptions",
     "ModelOptions",
@@ -68,8 +72,10 @@ __all__ = [
     "Section",
     "ServeOptions",
     "TextOptions",
+    "TrainCommon",
     "TrainOptions",
     "TrainingData",
+    "TuneOptions",
     "WindowOptions",
     "fields",
     "size_in_bytes",

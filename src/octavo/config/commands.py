@@ -17,6 +17,7 @@ from octavo.config import (
     DataOptions,
     EvaluateOptions,
     GenerateOptions,
+    LoraCommon,
     LoraOptions,
     MemoryOptions,
     ModelOptions,
@@ -28,8 +29,10 @@ from octavo.config import (
     RunsOptions,
     ServeOptions,
     TextOptions,
+    TrainCommon,
     TrainingData,
     TrainOptions,
+    TuneOptions,
     WindowOptions,
 )
 from octavo.config.section import Section, flag_of
@@ -42,6 +45,7 @@ Sections = tuple[type[Section], ...]
 FINETUNE: Sections = (
     ModelOptions, TrainingData, TextOptions, LoraOptions, TrainOptions, MemoryOptions, WindowOptions, RunOptions,
 )  # fmt: skip
+TUNE: Sections = (ModelOptions, TrainingData, TextOptions, LoraCommon, TrainCommon, MemoryOptions, TuneOptions)
 PLAN: Sections = (ModelOptions, TextOptions, LoraOptions, TrainOptions, MemoryOptions, PlanOptions)
 EVALUATE: Sections = (ModelOptions, EvaluateOptions, WindowOptions, TextOptions)
 GENERATE: Sections = (ModelOptions, GenerateOptions, PromptOptions)
@@ -58,6 +62,7 @@ DATA: Sections = (ModelOptions, DataOptions, TextOptions)
 
 # The last key of every run's config.yaml. Options of later versions go before it: older runs do not have them.
 LAST_SETTING = "stop_after"
+LAST_OF_SEARCH = "out"  # the same of `octavo tune`
 
 
 def configure(
@@ -80,16 +85,18 @@ def configure(
 
 def _saved_settings(sections: Sections, given: Mapping[str, Any]) -> Path | None:
     """The config.yaml of the run to resume."""
-    if RunOptions not in sections or not given.get("resume"):
+    kind = next((kind for kind in (RunOptions, TuneOptions) if kind in sections), None)
+    if kind is None or not given.get("resume"):
         return None
     try:
-        run = RunFolder(RunOptions.model_validate({key: given[key] for key in given if key == "out"}).out)
+        run = RunFolder(kind.model_validate({key: given[key] for key in given if key == "out"}).out)
     except ValidationError:  # `Config.read` names the option
         return None
     run.check_format()
     if not run.settings.is_file():
         return None
-    if LAST_SETTING not in read_settings(run.settings):
+    last = LAST_SETTING if kind is RunOptions else LAST_OF_SEARCH
+    if last not in read_settings(run.settings):
         hint = "Pass the run's settings with --config FILE, or delete the file and pass them as options."
-        raise UsageError(f"{run.settings} is cut short: its last key `{LAST_SETTING}` is missing.", hint=hint)
+        raise UsageError(f"{run.settings} is cut short: its last key `{last}` is missing.", hint=hint)
     return run.settings

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field
 
@@ -76,13 +76,11 @@ class TrainingData(Section):
     )
 
 
-class LoraOptions(Section):
-    """The LoRA adapter."""
+class LoraCommon(Section):
+    """The LoRA adapter but for its rank and its scaling."""
 
     panel = "Adapter"
 
-    rank: int = Field(16, ge=1, description="LoRA rank.")
-    alpha: float = Field(32.0, gt=0, description="LoRA alpha: the low-rank term is scaled by alpha / rank.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the input of the adapter.")
     rslora: bool = Field(False, description="Scale by alpha / sqrt(rank) (rank-stabilized LoRA).")
     lora_targets: Names = Field(
@@ -92,12 +90,24 @@ class LoraOptions(Section):
     train_biases: bool = Field(False, description="Also train the biases of the targets.")
 
 
-class TrainOptions(Section):
-    """Optimizer, schedule and batch size."""
+class LoraOptions(LoraCommon):
+    """The LoRA adapter."""
+
+    rank: int = Field(16, ge=1, description="LoRA rank.")
+    alpha: float = Field(32.0, gt=0, description="LoRA alpha: the low-rank term is scaled by alpha / rank.")
+
+
+class TrainCommon(Section):
+    """Optimizer, schedule and batch size, without the learning rate."""
 
     panel = "Training"
 
-    epochs: float = Field(1.0, gt=0, description="Epochs over the training data, unless --steps is given.")
+    epochs: float | None = Field(
+        None,
+        gt=0,
+        description="Epochs over the training data, unless --steps is given; default: 1, for small data up to 8, in "
+        "smaller batches, for at least 64 steps.",
+    )
     steps: int | None = Field(None, ge=1, description="Optimizer steps.")
     batch_size: int = Field(4, ge=1, le=MAX_ROWS, description="Sequences (packed rows) in an optimizer step.")
     micro_batch_size: int | None = Field(
@@ -106,7 +116,6 @@ class TrainOptions(Section):
         le=MAX_ROWS,
         description="Sequences in one forward and backward pass; default: the fastest that fit into memory.",
     )
-    lr: float = Field(2e-4, gt=0, le=1e30, description="Peak learning rate.")
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="Learning rate schedule.")
     warmup: float = Field(0.05, ge=0, description="Warm-up: a fraction of the steps if under 1, else steps.")
     lr_floor: float = Field(0.1, ge=0, le=1, description="Final learning rate, as a fraction of the peak.")
@@ -114,6 +123,12 @@ class TrainOptions(Section):
     max_grad_norm: float = Field(1.0, ge=0, description="Gradient norm to clip to; 0: no clipping.")
     optimizer: Literal["adamw8bit", "adamw"] = Field("adamw8bit", description="AdamW with 8-bit or 32-bit state.")
     seed: int = Field(0, ge=0, lt=2**63, description="Random seed of adapter initialization, data order and dropout.")
+
+
+class TrainOptions(TrainCommon):
+    """Optimizer, schedule and batch size."""
+
+    lr: float = Field(2e-4, gt=0, le=1e30, description="Peak learning rate.")
 
 
 class MemoryOptions(Section):
@@ -179,9 +194,23 @@ class RunOptions(Section):
     keep_checkpoints: int = Field(
         2, ge=1, description="Number of newest checkpoints to keep, those of a best held-out loss included."
     )
-    eval_every: int = Field(0, ge=0, description="Steps between evaluations on held-out text; 0: five in a run.")
+    eval_every: int = Field(
+        0,
+        ge=0,
+        description="Steps between evaluations on held-out text; 0: five in a run, fewer if they take over a quarter "
+        "of the time of training.",
+    )
     eval_rows: int = Field(0, ge=0, description="Held-out packed rows to evaluate; 0: all.")
     keep: Literal["best", "last"] = Field("best", description="Adapter to keep: best held-out loss, or last.")
+    early_stop: bool = Field(
+        False,
+        description="Stop when the held-out loss clearly rises, or falls no longer, by 95 % intervals; keeps the best "
+        "adapter. The schedule stays that of all steps: a cosine that is cut ends at a higher learning rate.",
+    )
+    init_adapter: Path | None = Field(
+        None,
+        description="Start from this adapter, run, or RUN@STEP, on new data; rank, alpha and targets are its own.",
+    )
     sample_every: int = Field(0, ge=0, description="Steps between samples; 0: only before and after training.")
     sample_prompt: Texts = Field([], description="Prompt for samples before and after training; may be repeated.")
     sample_tokens: int = Field(80, ge=1, description="New tokens of a sample.")
@@ -377,24 +406,3 @@ class DataOptions(Section):
 
     data: Paths = Field([], description="Text to inspect: file, folder or glob; may be repeated.")
     samples: int = Field(2, ge=0, description="Number of decoded samples to show.")
-
-
-_PLAYS = Path(__file__).parents[1] / "shakespeare"
-# The defaults of `octavo demo`, chosen on two CPU cores: the held-out perplexity falls by more than a quarter in under
-# three minutes.
-DEMO: dict[str, Any] = {
-    "data": [str(_PLAYS / "train")],
-    "test_data": [str(_PLAYS / "test")],
-    "out": "runs/demo",
-    "seq_len": 128,
-    "batch_size": 4,
-    "steps": 30,
-    "lr": 2e-3,
-    "rank": 8,
-    "alpha": 16.0,
-    "eval_rows": 48,
-    "eval_every": 15,
-    "checkpoint_every": 15,
-    "sample_prompt": ["HAMLET.\nTo be, or not to be,"],
-    "sample_tokens": 40,
-}

@@ -36,6 +36,18 @@ def _columns(value: object) -> object:
     return value
 
 
+def _numbers(value: object) -> object:
+    """A list of numbers from "1e-4,3e-4", a number, or a list of either. YAML reads 1e-4 as a string."""
+    if isinstance(value, str | int | float) and not isinstance(value, bool):
+        value = [value]
+    if not isinstance(value, list) or any(isinstance(item, bool) for item in value):
+        return value
+    try:
+        return [float(part) for item in value for part in str(item).split(",") if part.strip()]
+    except ValueError as error:
+        raise ValueError("must be numbers with commas between them") from error
+
+
 def _one_or_many(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
@@ -88,6 +100,7 @@ Date = Annotated[str | None, BeforeValidator(_date)]
 Columns = Annotated[list[str], BeforeValidator(_columns)]
 Names = Annotated[list[str], BeforeValidator(_split_commas)]
 Trackers = Annotated[list[Literal["tensorboard", "wandb", "mlflow", "trackio"]], BeforeValidator(_split_commas)]
+Numbers = Annotated[list[float], BeforeValidator(_numbers)]
 Paths = Annotated[list[str], BeforeValidator(_one_or_many)]
 Text = Annotated[str | None, BeforeValidator(_text)]
 Texts = Annotated[list[str], BeforeValidator(_text), BeforeValidator(_one_or_many)]

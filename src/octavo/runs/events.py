@@ -196,6 +196,15 @@ class HeldOutLosses(Event):
 
 
 @dataclass(frozen=True)
+class EarlyStop(Event):
+    """The end of a run by --early-stop, after `step`, and why."""
+
+    kind = "early_stop"
+    step: int
+    reason: str = ""
+
+
+@dataclass(frozen=True)
 class Failure(Event):
     """The error that ended a call. A run that was resumed after it has later events."""
 
@@ -284,7 +293,7 @@ KINDS: dict[str, type[Event]] = {
     event.kind: event
     for event in (
         Step, HeldOut, Sample, Evaluation, HeldOutLosses, Failure, Memory, Hardware, Versions, Overlap, Matmul,
-        MatmulSpeed, Say, Warn, QuantizationCost,
+        MatmulSpeed, Say, Warn, QuantizationCost, EarlyStop,
     )
 }  # fmt: skip
 

@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 from octavo.runs.events import (
     Difference,
+    EarlyStop,
     Evaluation,
     Event,
     FileDifference,
@@ -78,6 +79,8 @@ def verdict_of(events: Sequence[Event]) -> Verdict:
     files = tuple(sorted((one for one in evaluation.files if _is_finite(one.lower_by)), key=_size)[:MAX_FILES])
     sentences = [_change_sentence(change, gain, plus_minus, difference, (before, after))]
     sentences += [about_trend] if about_trend else []
+    if (stop := last(events, EarlyStop)) and stop.step == evaluation.step:
+        sentences.append(f"Stopped early after step {stop.step:,}: {stop.reason}.")
     if (cost := last(events, QuantizationCost)) and (sentence := _cost_sentence(cost.difference, rows)):
         sentences.append(sentence)
     if factor is not None and len(evaluation.files) > 1:
@@ -138,12 +141,10 @@ def _trend(curve: Sequence[HeldOut], uncertainty: float) -> tuple[Trend, float |
     newest = curve[-1] if curve else None
     if newest is None or newest.loss is None or newest.fall is None or newest.rise is None:
         return "not measured", None, None, ""
-    rise, half = _middle(newest.rise), _half(newest.rise)
-    if half is None or _half(newest.fall) is None:
+    if _half(newest.rise) is None or _half(newest.fall) is None:
         return "not measured", None, None, ""
-    half *= _widened(len(curve))
-    if rise > half:
-        higher = f"{_plus_minus(rise, half)} nats per token"
+    if rise := clear_rise(newest, len(curve)):
+        higher = f"{rise} nats per token"
         if not newest.lowest_step:
             sentence = f"The held-out loss at step {newest.step:,} is higher than before training, by {higher}: "
             return "rising", None, None, f"{sentence}a lower --lr may help."
@@ -170,6 +171,15 @@ def _trend(curve: Sequence[HeldOut], uncertainty: float) -> tuple[Trend, float |
         None,
         ("The held-out loss no longer falls by more than this text can show; more of it would show smaller falls."),
     )
+
+
+def clear_rise(event: HeldOut, earlier: int) -> str:
+    """How far the loss is above the lowest one of `earlier` evaluations, with its interval; "" if that is not clear."""
+    half = _half(event.rise)
+    if event.rise is None or half is None:
+        return ""
+    rise, half = _middle(event.rise), half * _widened(earlier)
+    return _plus_minus(rise, half) if rise > half else ""
 
 
 def _epochs(passes: float) -> str:

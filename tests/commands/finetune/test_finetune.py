@@ -111,7 +111,7 @@ def test_the_gain_on_the_held_out_text_has_an_interval_also_in_a_resumed_run(tun
 
 
 def test_the_verdict_is_in_the_result_and_on_top_of_the_report(tune: Tune, tmp_path: Path) -> None:
-    result = tune(tmp_path / "run", seq_len=12)
+    result = tune(tmp_path / "run", seq_len=12, eval_every=2)
     [gain], verdict = result["differences"], result["verdict"]
     assert verdict["change"] == "better"
     assert verdict["sentences"][0].startswith("Better by ")

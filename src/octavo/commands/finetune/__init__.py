@@ -7,10 +7,9 @@ the same bits as an uninterrupted one. The files of a run folder are listed in r
 
 from __future__ import annotations
 
-import math
 import signal
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from octavo import html_report
@@ -22,6 +21,7 @@ from octavo.commands.finetune.folder import (
     write_readme,
     write_settings,
 )
+from octavo.commands.finetune.length import evaluation_interval
 from octavo.commands.finetune.measure import (
     ensure_best_adapter,
     evaluate_held_out,
@@ -47,8 +47,6 @@ from octavo.runs.verdict import verdict_of
 from octavo.stopping import StopRequest, StopSignals, stop_signals
 from octavo.system import own_command, quoted
 from octavo.train.loop import Step, train
-
-DEFAULT_EVALUATIONS = 5  # on held-out text in a run without --eval-every
 
 
 def finetune(
@@ -101,18 +99,36 @@ def _prepared_run(config: Config, report: Report) -> Run:
     write_settings(run)
     if resumed:
         ensure_best_adapter(run)
-        if run.state.done >= run.total:
+        _go_on_after_early_stop(run)
+        if run.finished:
+            done = f"all {run.total:,} steps are done"
+            longer = "raise --steps or --epochs"
+            if stopped := run.state.stopped:
+                done = f"--early-stop ended it after step {stopped['step']:,}"
+                longer += ", or add --no-early-stop"
             report.say(
-                f"The run is complete: all {run.total:,} steps are done, and nothing is trained. The adapter is "
-                "checked, the tuned model is evaluated again, and the report is written again. To train longer, raise "
-                "--steps or --epochs."
+                f"The run is complete: {done}, and nothing is trained. The adapter is checked, the tuned model is "
+                f"evaluated again, and the report is written again. To train longer, {longer}."
             )
     return run
+
+
+def _go_on_after_early_stop(run: Run) -> None:
+    """Lets a run that --early-stop ended train on, if the user raised its steps or turned the option off."""
+    state = run.state
+    if state.stopped is None or (run.config[RunOptions].early_stop and run.total <= state.stopped["total"]):
+        return
+    run.report.say(f"Early stopping ended this run after step {state.stopped['step']:,}; it goes on now.")
+    state.stopped = None
+    if state.watch is not None:
+        state.watch = replace(state.watch, waits=0)
 
 
 def _train(run: Run, signals: StopSignals) -> None:
     """The training loop with metrics, held-out losses, samples, checkpoints and stop signals."""
     options, training, state = run.config[RunOptions], run.config[TrainOptions], run.state
+    if run.finished:
+        return
     epochs = None if training.steps is not None else training.epochs
     stream = batches(
         run.train.rows, batch_size=training.batch_size, seed=training.seed, start=state.position, epochs=epochs
@@ -127,7 +143,7 @@ def _train(run: Run, signals: StopSignals) -> None:
                 steps_without_loss += step.loss is None
                 _record(run, step, is_first_without_loss=step.loss is None and steps_without_loss == 1)
                 improved = _evaluate_if_due(run, step)
-                stopping = bool(signals.received) or step.number >= stop_at
+                stopping = bool(signals.received) or step.number >= stop_at or run.finished
                 due = options.checkpoint_every > 0 and step.number % options.checkpoint_every == 0
                 # If it improved too: the adapter in the folder is always one of a checkpoint.
                 if due or stopping or improved:
@@ -149,7 +165,10 @@ def _train(run: Run, signals: StopSignals) -> None:
             number=number,
             hint=f"Resume with: {command}",
         )
-    if state.done < run.total:
+    if state.stopped is not None:
+        best = f" The adapter of step {state.best['step']:,} is kept." if state.best else ""
+        run.report.say(f"Stopped early after step {state.done:,} of {run.total:,}: {state.stopped['reason']}.{best}")
+    if not run.finished:
         if options.stop_after is None:
             raise TrainingError(
                 f"The data ended after step {state.done:,}; a checkpoint is saved.", hint=f"Resume with: {command}"
@@ -197,7 +216,7 @@ def _record(run: Run, step: Step, *, is_first_without_loss: bool) -> None:
 def _evaluate_if_due(run: Run, step: Step) -> bool:
     """Evaluates and samples after a step, before its checkpoint, if due. Returns whether the held-out loss improved."""
     options = run.config[RunOptions]
-    every = options.eval_every or math.ceil(run.total / DEFAULT_EVALUATIONS)
+    every = evaluation_interval(run.config, run.total, train_rows=len(run.train.rows), held_out_rows=len(run.test_rows))
     improved = (step.number % every == 0 or step.number == run.total) and evaluate_held_out(run)
     if options.sample_every and step.number % options.sample_every == 0 and step.number < run.total:
         sample(run, which="training", step=step.number)
@@ -213,7 +232,7 @@ def _recorded_loss(run: Run) -> float | None:
 def _finish(run: Run) -> dict[str, Any]:
     """Saves the adapter and reads it back, evaluates the tuned model, writes report.html; returns the JSON."""
     report, state = run.report, run.state
-    finished = state.done >= run.total
+    finished = run.finished
     table = ScoreTable(list(state.base_rows))
     if finished:
         if state.best is None:
@@ -247,6 +266,7 @@ def _finish(run: Run) -> dict[str, Any]:
         "steps": state.done,
         "train_loss": state.last.loss if state.last else _recorded_loss(run),
         "best_step": state.best["step"] if state.best else None,
+        "stopped_early": state.stopped["reason"] if state.stopped else None,
         "rows": [row.to_dict() for row in table.rows],
         "differences": [asdict(one) for one in table.differences],
         "verdict": verdict.to_dict(),

@@ -12,6 +12,7 @@ from torch import Tensor
 from octavo import adapters
 from octavo.atomic import new_folder
 from octavo.commands.evaluate import full_precision
+from octavo.commands.finetune.early_stop import Watch, watched
 from octavo.commands.finetune.losses import record_losses
 from octavo.commands.finetune.samples import sample
 from octavo.commands.finetune.state import Run, adapter_files, trained_adapter, versions
@@ -34,7 +35,10 @@ REFERENCE_TOKENS = 64  # on which the logits with the saved adapter are compared
 
 
 def measure_base(run: Run, *, compare_full: bool) -> None:
-    """The held-out table and samples before training: with new adapters (B = 0) the model equals the base."""
+    """The held-out table and samples before training: with new adapters (B = 0) the model equals the base.
+
+    Then the adapter of --init-adapter is put on the model.
+    """
     report, hardware = run.report, run.hardware
     events.Hardware(str(hardware.device), hardware.name, str(hardware.dtype)).write(report)
     versions().write(report)
@@ -54,18 +58,44 @@ def measure_base(run: Run, *, compare_full: bool) -> None:
         if full:
             cost = loss_difference(rows[-2], rows[-1], full.units, result.units)
             events.QuantizationCost(cost).write(report)
-        if result.units:
-            run.state.base_losses = base_losses(result.units, result.files)
-            run.state.curve = start_of_curve(result.units)
+        _begin_curve(run, result)
         _record_losses(run, name, result)
     sample(run, which="base", step=0)
+    if run.initial is not None:
+        _start_from(run, run.initial)
+
+
+def _start_from(run: Run, initial: Adapter) -> None:
+    """Puts the adapter of --init-adapter on the model, whose new adapter changed nothing, and measures it."""
+    state = run.state
+    adapters.restore_(run.model, initial)
+    path = run.config[RunOptions].init_adapter
+    state.initial = {"path": str(path), "sha256": initial.sha256, "step": initial.origin.get("step")}
+    if not run.test_rows:
+        return
+    result = _score(run, run.model, "Evaluating the initial adapter")
+    state.base_rows.append(table_row(run, "initial", run.scheme, result))
+    state.base_losses_plain = state.base_losses
+    _begin_curve(run, result)
+    _record_losses(run, "initial", result)
+
+
+def _begin_curve(run: Run, result: Score) -> None:
+    """The losses before the first step as the begin of the held-out curve."""
+    if result.units:
+        run.state.base_losses = base_losses(result.units, result.files)
+        run.state.curve = start_of_curve(result.units)
+        run.state.watch = Watch.begin(result.units) if run.config[RunOptions].early_stop else None
 
 
 def measure_tuned(run: Run) -> ScoreTable:
-    """The complete perplexity table, with the tuned model as last row and its difference from the row before it."""
+    """The complete perplexity table, with the tuned model as last row and its difference from the row before it.
+
+    With --init-adapter that row is the initial adapter, and a first difference is that from the base.
+    """
     if not run.test_rows:
         return ScoreTable()
-    result, base_rows = _score(run, run.model, "Evaluating the tuned model"), run.state.base_rows
+    result, base_rows = _score_of_kept(run), run.state.base_rows
     tuned, units, before = table_row(run, "tuned", run.scheme, result), result.units, None
     _record_losses(run, tuned.name, result)
     files: list[FileDifference] = []
@@ -73,6 +103,10 @@ def measure_tuned(run: Run) -> ScoreTable:
         before, files_before = units_before(run.state.base_losses, units, result.files)
         files = file_differences(files_before, result.files)
     differences = [loss_difference(base_rows[-1], tuned, before, units)] if base_rows else []
+    if run.state.initial is not None and len(base_rows) > 1:  # the last one, which the verdict is on, is of this run
+        plain = run.state.base_losses_plain
+        units_plain = units_before(plain, units, result.files)[0] if units and plain else None
+        differences.insert(0, loss_difference(base_rows[-2], tuned, units_plain, units))
     return ScoreTable([*base_rows, tuned], differences, units, files)
 
 
@@ -86,13 +120,45 @@ def evaluate_held_out(run: Run) -> bool:
     if result.units and state.curve:
         event, state.curve = next_of_curve(event, state.curve, result.units)
     event.write(run.report)
+    _stop_early_if_due(run, event, result)
+    if run.config[RunOptions].keep == "last":
+        state.kept_score = state.done, result
     better = math.isfinite(result.loss) and (state.best is None or result.loss < state.best["loss"])
     improved = better and run.config[RunOptions].keep == "best"
     if improved:
         state.best = {"step": state.done, "loss": result.loss}
+        state.kept_score = state.done, result
         state.best_adapter = adapters.copied(trained_adapter(run))
         save_adapter(run)
     return improved
+
+
+def _stop_early_if_due(run: Run, event: events.HeldOut, result: Score) -> None:
+    """Records with --early-stop whether the run should end after this evaluation."""
+    state = run.state
+    if not run.config[RunOptions].early_stop or result.units is None:
+        return
+    if state.watch is None:  # of a run that began without the option: this evaluation is the first one
+        state.watch = Watch.begin(result.units)
+        return
+    state.watch, reason = watched(state.watch, event, result.units)
+    if reason and state.done < run.total:
+        state.stopped = {"step": state.done, "total": run.total, "reason": reason}
+        events.EarlyStop(state.done, reason).write(run.report)
+
+
+def _score_of_kept(run: Run) -> Score:
+    """The score of the adapter that is kept, which `read_back` has applied to the model.
+
+    If this call evaluated it during training, that score is returned: it is of the same weights on the same text, and
+    `read_back` has compared the logits of the saved file with those of the trained model.
+    """
+    state = run.state
+    kept = state.best["step"] if state.best is not None else state.done
+    if state.kept_score is not None and state.kept_score[0] == kept:
+        run.report.say(f"The tuned model is the adapter of step {kept:,}, which was evaluated after that step.")
+        return state.kept_score[1]
+    return _score(run, run.model, "Evaluating the tuned model")
 
 
 def passes(run: Run) -> float:
@@ -149,7 +215,8 @@ def read_back(run: Run) -> None:
 
 def table_row(run: Run, name: str, scheme: Scheme, result: Score) -> ScoreRow:
     """A row of the perplexity table."""
-    folder: Path | None = run.folder.adapter if name == "tuned" else None
+    folders = {"tuned": run.folder.adapter, "initial": run.config[RunOptions].init_adapter}
+    folder: Path | None = folders.get(name)
     context, stride = len(run.test_rows[0].ids), run.config[WindowOptions].stride
     row = score_row(name, scheme, folder, result, context=context, stride=stride)
     return replace(row, also_in_training=run.test.ledger.overlap.share) if run.test and run.test.ledger.overlap else row

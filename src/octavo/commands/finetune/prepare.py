@@ -7,6 +7,9 @@ from datetime import date
 
 from octavo import adapters
 from octavo.commands.backends import configure_backends
+from octavo.commands.finetune.early_stop import check_early_stop
+from octavo.commands.finetune.initial import with_initial_adapter
+from octavo.commands.finetune.length import with_length
 from octavo.commands.finetune.samples import check_prompts
 from octavo.commands.finetune.sides import read_sides
 from octavo.commands.finetune.state import Run, RunState, fingerprint_of
@@ -30,6 +33,7 @@ def prepare(config: Config, report: Report) -> Run:
     options = config[ModelOptions]
     hardware, source = opened(options, report)
     config = with_fitting_rows(config, source, report)
+    config, initial = with_initial_adapter(config, source, report)
     check_run(config, source)
     configure_backends(config[MemoryOptions], hardware, report)
     tokenizer, scheme = source.tokenizer(), chosen_scheme(options, source)
@@ -38,7 +42,9 @@ def prepare(config: Config, report: Report) -> Run:
         config = config.replace(template_date=date.today().isoformat())
     check_prompts(config[RunOptions], tokenizer, parse(source.config).context)
     text, held_out = read_sides(config, tokenizer, report, context=parse(source.config).context)
+    check_early_stop(config, held_out.measurable(config[RunOptions].eval_rows) if held_out else [])
     rows = len(text.rows)
+    config = with_length(config, rows, report)
     resumed, documents = config[RunOptions].resume, most_documents(text.rows)
     fitting = fit(config, source, scheme, hardware, rows=rows, documents=documents, resumed=resumed)
     config = _with_micro_batch_size(config, fitting.plan.rows, rows, report)
@@ -47,13 +53,13 @@ def prepare(config: Config, report: Report) -> Run:
     plan = adapter_plan(config[LoraOptions])
     adapters.create_(model, plan, seed=config[TrainOptions].seed)
     micro_step = planned_step(config, model, hardware, fitting, report)
-    trainer = _trainer(config[TrainOptions], model, hardware, micro_step, rows=rows)
+    trainer = trainer_for(config[TrainOptions], model, hardware, micro_step, rows=rows)
     count = sum(parameter.numel() for parameter in trainer.parameters.values())
     steps = f"{trainer.schedule.total:,} step{'s' * (trainer.schedule.total != 1)}"
     report.say(f"Training {count:,} parameters in {len(trainer.parameters)} tensors for {steps}.")
     return Run(
         config, report, hardware, source, scheme, tokenizer, text, held_out, model, plan, trainer, fitting,
-        micro_step, base_sha256, RunState(),
+        micro_step, base_sha256, RunState(), initial,
     )  # fmt: skip
 
 
@@ -97,9 +103,10 @@ def _with_micro_batch_size(config: Config, planned: int, rows: int, report: Repo
     return config.replace(micro_batch_size=planned)
 
 
-def _trainer(
+def trainer_for(
     options: TrainOptions, model: Decoder, hardware: Hardware, micro_step: PlannedStep, *, rows: int
 ) -> Trainer:
+    """The trainer of the parameters that are marked as trained, with a new optimizer."""
     parameters = adapters.trained(model)
     total = total_steps(options, rows)
     warmup = round(options.warmup if options.warmup >= 1 else options.warmup * total)
@@ -119,4 +126,5 @@ def total_steps(options: TrainOptions, rows: int) -> int:
     """Optimizer steps of a run: --steps, else those of --epochs."""
     if options.steps is not None:
         return options.steps
+    assert options.epochs is not None, "`with_length` sets it"
     return math.ceil(batches_per_epoch(rows, options.batch_size) * options.epochs)

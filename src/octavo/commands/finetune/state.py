@@ -19,6 +19,7 @@ from octavo.adapters import AdapterPlan
 from octavo.bounded_json import JsonError, integer, number, shown
 from octavo.commands.backends import wants_8bit
 from octavo.commands.data import Text
+from octavo.commands.finetune.early_stop import Watch
 from octavo.commands.model_card import About, model_card
 from octavo.commands.run_plan import FittedPlan
 from octavo.config import Config, LoraOptions, MemoryOptions, ModelOptions, RunOptions, TextOptions, TrainOptions
@@ -27,6 +28,7 @@ from octavo.data.loader import Position
 from octavo.data.packing import Row
 from octavo.errors import AdapterError, CheckpointError
 from octavo.hardware import Hardware
+from octavo.metrics import Score
 from octavo.models import Decoder, module_names
 from octavo.ops.scheme import Scheme
 from octavo.reporting import Report
@@ -58,20 +60,26 @@ MAX_COUNT = 2**53  # of steps, epochs, batches and channels; a float is exact up
 
 @dataclass
 class RunState:
-    """What changes during a run; everything except `last` is in its checkpoints."""
+    """What changes during a run; everything except `last` and `kept_score` is in its checkpoints."""
 
     done: int = 0  # optimizer steps
     position: Position = field(default_factory=Position)  # of the next batch in the data
     base_rows: list[ScoreRow] = field(default_factory=list)  # the perplexity table before training
     base_losses: dict[str, Tensor] | None = None  # before training: nats and tokens of each unit of metrics.Score
+    base_losses_plain: dict[str, Tensor] | None = None  # with --init-adapter those of the base without it
+    initial: dict[str, Any] | None = None  # {"path", "sha256", "step"} of the adapter of --init-adapter
     # Of held-out evaluations: the nats of each unit at the "newest" one and at that with the "lowest" loss, the
     # "passes" of the former and the step of the latter.
     curve: dict[str, Tensor] | None = None
+    watch: Watch | None = None  # of --early-stop
+    stopped: dict[str, Any] | None = None  # {"step", "total", "reason"} after --early-stop has ended the run
     best: dict[str, Any] | None = None  # {"step", "loss"} of the adapter in the folder
     best_adapter: Adapter | None = None  # a copy of it on the CPU
     reference_logits: Tensor | None = None  # (T, V) of the model with the adapter in the folder
     precision: Precision | None = None  # of the matmuls, if they may be in 8 bits
     last: Step | None = None  # the last step of this call
+    # (step, score on the held-out text) of the adapter in the folder, if this call measured it.
+    kept_score: tuple[int, Score] | None = None
 
 
 @dataclass(frozen=True)
@@ -93,6 +101,7 @@ class Run:
     micro_step: PlannedStep
     base_sha256: str
     state: RunState
+    initial: Adapter | None = None  # the adapter of --init-adapter; a resumed run has it in its checkpoint
 
     @property
     def folder(self) -> RunFolder:
@@ -101,6 +110,11 @@ class Run:
     @property
     def total(self) -> int:
         return self.trainer.schedule.total
+
+    @property
+    def finished(self) -> bool:
+        """Whether all steps are done, or --early-stop has ended the run."""
+        return self.state.done >= self.total or self.state.stopped is not None
 
     @property
     def use_8bit(self) -> bool:
@@ -147,6 +161,10 @@ def contents_of(run: Run) -> checkpoint.Contents:
         tensors["probe"] = {"logits": state.reference_logits}
     if state.base_losses is not None:
         tensors["base_losses"] = state.base_losses
+    if state.base_losses_plain is not None:
+        tensors["base_losses_plain"] = state.base_losses_plain
+    if state.watch is not None:
+        tensors["early_stop"] = state.watch.tensors()
     if state.curve is not None:
         tensors["curve"] = state.curve
     values = {
@@ -156,6 +174,8 @@ def contents_of(run: Run) -> checkpoint.Contents:
         "scaler": run.trainer.scaler.state(),
         "base_rows": [row.to_dict() for row in state.base_rows],
         "best": state.best,
+        **({} if state.initial is None else {"initial": state.initial}),
+        **({} if state.stopped is None else {"stopped": state.stopped}),
         "precision": state.precision.to_json() if state.precision is not None else None,
         "forward_only": state.precision is not None and state.precision.forward_only,
         "config": run.config.to_yaml(),
@@ -171,6 +191,8 @@ def trained_adapter(run: Run) -> Adapter:
         "base": {"name": run.config[ModelOptions].model, "sha256": run.base_sha256, "scheme": run.scheme.name},
         "step": run.state.done,
     }
+    if run.state.initial is not None:
+        origin["initial"] = run.state.initial
     return adapters.collect(run.model, run.plan.spec, origin=origin)
 
 
@@ -263,6 +285,11 @@ def _restore_state(run: Run, saved: checkpoint.Checkpoint) -> None:
         state.curve = curve
     if {"nats", "tokens"} <= (base_losses := saved.tensors.get("base_losses", {})).keys():
         state.base_losses = base_losses  # a run of an earlier version has none
+    if {"nats", "tokens"} <= (plain := saved.tensors.get("base_losses_plain", {})).keys():
+        state.base_losses_plain = plain
+    _restore_initial(run, saved)
+    state.watch = Watch.read(saved.tensors.get("early_stop", {}))
+    state.stopped = _stopped(saved)
     if run.config[RunOptions].keep == "last":
         state.best = None
     if state.best is not None:
@@ -274,6 +301,32 @@ def _restore_state(run: Run, saved: checkpoint.Checkpoint) -> None:
                 "best adapter.",
                 hint=DELETE,
             )
+
+
+def _stopped(saved: checkpoint.Checkpoint) -> dict[str, Any] | None:
+    """Where and why --early-stop ended the run."""
+    stopped = saved.state.get("stopped")
+    try:
+        if stopped is not None:
+            for key in ("step", "total"):
+                _count(stopped, "stopped", key)
+            stopped["reason"] = str(stopped.get("reason", ""))
+    except JsonError as error:
+        raise _wrong_state(saved, str(error)) from error
+    return stopped
+
+
+def _restore_initial(run: Run, saved: checkpoint.Checkpoint) -> None:
+    """What the run began from. CheckpointError if --init-adapter names another adapter now."""
+    run.state.initial = initial = saved.state.get("initial")
+    if initial is not None and not isinstance(initial, dict):
+        raise _wrong_state(saved, f"initial is {shown(initial)}")
+    began, now = (initial or {}).get("path"), run.config[RunOptions].init_adapter
+    if now is not None and began != str(now):
+        raise CheckpointError(
+            f"The run in {run.folder.path} began from {began or 'a new adapter'}, not from {now}.",
+            hint="A run that is resumed goes on from its own checkpoint. For another start choose another --out.",
+        )
 
 
 def _field(read: Callable[..., N], source: Mapping[str, Any], name: str, key: str, **bounds: float) -> N:

@@ -1,0 +1,223 @@
+"""The search itself: the model is loaded once, and rounds of trials are made as far as the time reaches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from time import monotonic
+
+from octavo import adapters
+from octavo.adapters import Adapter
+from octavo.commands.finetune.dry_run import dry_run
+from octavo.commands.finetune.precision import choose_precision
+from octavo.commands.finetune.prepare import prepare
+from octavo.commands.finetune.state import Run
+from octavo.commands.tune.halving import (
+    FINALISTS,
+    Cell,
+    Costs,
+    affordable,
+    promoted,
+    round_sizes,
+    steps_of_round,
+    trials,
+)
+from octavo.commands.tune.outcome import loss_of
+from octavo.commands.tune.record import Record, Round, ShortRun, read
+from octavo.commands.tune.trial import Clock, Halves, OutOfTimeError, halves, losses, prepared, trained, with_cell
+from octavo.config import Config, LoraOptions, TrainOptions, TuneOptions
+from octavo.config.commands import FINETUNE
+from octavo.errors import UsageError
+from octavo.intervals import Units
+from octavo.reporting import Report, duration
+
+TRIALS_FILE = "trials.jsonl"
+DEFAULT = Cell(TrainOptions().lr, LoraOptions().rank)
+TIMED_STEPS = 3  # of which the fastest is the time of a step: the first ones compile kernels and fill caches
+
+
+@dataclass(frozen=True)
+class Search:
+    """A prepared search."""
+
+    run: Run  # with the largest rank, for which the memory is planned
+    untuned: Adapter
+    parts: Halves
+    record: Record
+    clock: Clock
+    report: Report
+
+    @property
+    def most(self) -> int:
+        """Optimizer steps of a whole run."""
+        return self.run.total
+
+
+def prepared_search(config: Config, cells: Sequence[Cell], report: Report, clock: Clock) -> Search:
+    """Loads data and model, and the record of an earlier call. `clock` has the deadline without earlier calls."""
+    options, began = config[TuneOptions], monotonic()
+    run = prepare(run_config(config, max([*cells, DEFAULT], key=lambda cell: cell.rank)), report)
+    run = choose_precision(run, resumed=False)
+    dry_run(run)
+    parts = halves(run.test_rows)
+    if not parts.choosing or not parts.verdict:
+        raise UsageError(
+            "There is too little held-out text: one half chooses the settings, the other one measures the gain.",
+            hint="Give more with --test-data, or raise --test-fraction.",
+        )
+    report.say(
+        f"Held-out text: {len(parts.choosing):,} rows choose the settings. {len(parts.verdict):,} others measure the "
+        "differences, which the choice would make too large on the first ones."
+    )
+    same = {name: value for name, value in run.identity.items() if name not in ("rank", "alpha")}
+    identity = {**same, "lr": list(options.lr), "ranks": list(options.rank), "steps": run.total}
+    path = options.out / TRIALS_FILE
+    record = read(path, identity) if path.exists() else Record(path, identity)
+    record.mark = began
+    if record.trials:
+        report.say(f"Going on after {len(record.trials):,} trials in {duration(record.spent)}.")
+    elif not path.exists():
+        record.begin()
+    untuned = adapters.copied(adapters.collect(run.model, run.plan.spec))
+    return Search(run, untuned, parts, record, Clock(clock.deadline - record.spent, clock.signals), report)
+
+
+def run_config(config: Config, cell: Cell) -> Config:
+    """The settings of `octavo finetune` with a cell; those that are not given have its defaults."""
+    named = {name for kind in FINETUNE for name in kind.model_fields} - {"lr", "rank", "resume"}
+    sections = [config[kind].model_dump(exclude_unset=True) for kind in config.kinds]
+    given = {name: value for section in sections for name, value in section.items() if name in named}
+    return with_cell(Config.read(FINETUNE, given), cell)
+
+
+def searched(search: Search, cells: Sequence[Cell]) -> tuple[Units, Units] | None:
+    """Makes rounds of trials until the last one is done or the time ends; the record has them.
+
+    Returns the units of both halves of the held-out text; None if the time ended before they were measured.
+    """
+    units = None
+    try:
+        units = _base(search)
+        while (one := _current_round(search, cells, units[0])) is not None:
+            for number, cell in enumerate(one.cells, 1):
+                if cell not in search.record.of_round(one.number):
+                    title = f"Round {one.number}, trial {number} of {len(one.cells)}: {cell}"
+                    search.record.add_trial(_tried(search, one, cell, title, units[0]))
+            if one.last:
+                break
+    except OutOfTimeError:
+        search.record.add_time()
+        search.report.say("The time of --minutes is used up. The trial that it interrupted is left out.")
+    return units
+
+
+def _base(search: Search) -> tuple[Units, Units]:
+    """The losses of the untuned model on both halves; measures the costs in a new search."""
+    run, record, clock = search.run, search.record, search.clock
+    quiet = Report(console=False)
+    times = [monotonic()]
+    measured = []
+    for rows in (search.parts.choosing, search.parts.verdict):
+        measured.append(losses(run, rows, clock))
+        times.append(monotonic())
+    if record.base is None:
+        timed = prepared(run, DEFAULT, TIMED_STEPS, search.untuned, report=quiet)
+        with search.report.progress(TIMED_STEPS, "Timing a step") as bar:
+            seconds = trained(timed, clock, bar)
+        assert seconds, "the default settings do not diverge in a few steps"
+        costs = Costs(min(seconds), times[1] - times[0], times[2] - times[1])
+        record.add_base(measured[0], measured[1], asdict(costs))
+    return measured[0], measured[1]
+
+
+def _current_round(search: Search, cells: Sequence[Cell], choosing: Units) -> Round | None:
+    """The round that is not done yet, or the next one; None if there is no time for it."""
+    record = search.record
+    if not record.rounds:
+        one: Round | None = _first_round(search, cells)
+    else:
+        newest = record.rounds[-1]
+        done = record.of_round(newest.number)
+        if newest.last or len(done) < len(newest.cells):
+            return newest
+        one = _next_round(search, newest, {cell: loss_of(trial, choosing) for cell, trial in done.items()})
+    if one is not None:
+        steps, count = f"{one.steps:,} step{'s' * (one.steps != 1)}", len(one.cells)
+        search.report.say(f"Round {one.number}: {count} cells, {steps} each; {_left(search)} left.")
+        record.add_round(one)
+    return one
+
+
+def _first_round(search: Search, cells: Sequence[Cell]) -> Round:
+    """All cells, or fewer ranks if the time is short. UsageError if it is too short even for that."""
+    assert search.record.costs is not None
+    costs, left = Costs(**search.record.costs), search.clock.left
+    chosen = affordable(cells, left, costs, most=search.most, default=DEFAULT)
+    if not chosen:
+        raise UsageError(
+            f"{duration(max(0.0, left))} are too short for this grid: a step takes {costs.step:.2g} s, an evaluation "
+            f"{costs.evaluation:.2g} s.",
+            hint="Raise --minutes and add --resume, or choose another --out with fewer --lr, a shorter --seq-len or "
+            "less held-out text (--test-fraction).",
+        )
+    if len(chosen) < len(cells):
+        ranks = ", ".join(str(rank) for rank in sorted({cell.rank for cell in chosen}))
+        search.report.warn(f"The time is too short for all ranks: {ranks} of them are tried.")
+    everyone = chosen if DEFAULT in chosen else [DEFAULT, *chosen]
+    # With enough time every cell is trained to the end at once, as a full grid.
+    whole = Costs(costs.step, costs.evaluation + costs.verdict, 0.0)
+    if steps_of_round(left, [len(everyone)], whole, most=search.most) == search.most:
+        return Round(1, search.most, tuple(everyone), last=True)
+    steps = steps_of_round(left, trials(chosen, default=DEFAULT), costs, most=search.most)
+    last = len(round_sizes(len(chosen))) == 1
+    return Round(1, steps, tuple(everyone), last=last)
+
+
+def _next_round(search: Search, newest: Round, found: dict[Cell, float | None]) -> Round | None:
+    assert search.record.costs is not None
+    costs = Costs(**search.record.costs)
+    timed = [trial for trial in search.record.trials if trial.nats is not None]
+    if timed:  # the mean of real trials, in place of the fastest of a few steps
+        step = sum(one.seconds for one in timed) / sum(one.steps for one in timed)
+        costs = Costs(step, costs.evaluation, costs.verdict)
+    lasting = {cell: float("nan") if loss is None else loss for cell, loss in found.items()}
+    sizes = round_sizes(sum(cell != DEFAULT for cell in newest.cells))[1:] or [FINALISTS]
+    if (steps := _steps(search, sizes, costs)) <= newest.steps:  # short of time: the last round at once
+        sizes = [FINALISTS]
+        steps = _steps(search, sizes, costs)
+    if steps <= 0:
+        return None
+    cells = promoted(lasting, sizes[0], default=DEFAULT)
+    ordered = list(dict.fromkeys([cells[0], DEFAULT, *cells]))  # if the time ends early, these two can be compared
+    return Round(newest.number + 1, steps, tuple(ordered), last=sizes[0] == FINALISTS)
+
+
+def _steps(search: Search, sizes: Sequence[int], costs: Costs) -> int:
+    """Steps of each trial of the next round, with the default settings as one more cell of each."""
+    return steps_of_round(search.clock.left, [size + 1 for size in sizes], costs, most=search.most)
+
+
+def _tried(search: Search, one: Round, cell: Cell, title: str, choosing: Units) -> ShortRun:
+    """One trial: trains and evaluates, in the last round on both halves of the text."""
+    clock = search.clock
+    clock.check()
+    began = monotonic()
+    run = prepared(search.run, cell, one.steps, search.untuned, report=Report(console=False))
+    with search.report.progress(one.steps, title) as bar:
+        seconds = trained(run, clock, bar)
+    elapsed = monotonic() - began
+    if seconds is None:
+        search.report.say(f"{title}: diverged.")
+        return ShortRun(cell, one.number, one.steps, elapsed, None)
+    chosen = losses(run, search.parts.choosing, clock)
+    verdict = losses(run, search.parts.verdict, clock) if one.last else None
+    trial = ShortRun(
+        cell, one.number, one.steps, elapsed, tuple(chosen.nats.tolist()),
+        tuple(verdict.nats.tolist()) if verdict else None,
+    )  # fmt: skip
+    search.report.say(f"{title}: loss {loss_of(trial, choosing) or float('nan'):.4f}; {_left(search)} left.")
+    return trial
+
+
+def _left(search: Search) -> str:
+    return duration(max(0.0, search.clock.left))

@@ -1,0 +1,137 @@
+"""`octavo tune` on a tiny model. The steps of the rounds are given: no verdict depends on the speed of the machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shlex
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tests.conftest import WORDS
+
+from octavo.commands.tune import search
+from octavo.commands.tune.trial import halves
+from octavo.data.packing import IGNORE_INDEX, Row
+
+Octavo = Callable[..., Any]
+STEPS = {13: 2, 7: 3, 5: 4, 4: 3, 3: 5}  # by the trials of a round
+
+
+@pytest.fixture
+def arguments(tiny_llama: Path, tmp_path: Path) -> list[object]:
+    for number in range(24):
+        draw = random.Random(number)
+        lines = [" ".join(draw.choice(WORDS) for _ in range(6)) for _ in range(3)]
+        (folder := tmp_path / ("test" if number > 2 else "train")).mkdir(exist_ok=True)
+        (folder / f"{number}.txt").write_text("\n".join(lines))
+    return [
+        "tune", "--model", tiny_llama, "--data", tmp_path / "train", "--test-data", tmp_path / "test", "--seq-len", 48,
+        "--dtype", "float32", "--scheme", "none", "--minutes", 500, "--out", tmp_path / "out", "--steps", 6,
+        "--lr", "1e-3,1e-2,3e-2", "--rank", "2,4", "--json",
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def given_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search, "steps_of_round", lambda seconds, sizes, costs, *, most: STEPS[sizes[0]])
+
+
+@pytest.mark.usefixtures("given_steps")
+def test_a_search_narrows_the_grid_and_its_command_is_one_of_finetune(
+    octavo: Octavo, arguments: list[object], tmp_path: Path
+) -> None:
+    done = octavo(*arguments, "--report", tmp_path / "tune.html")
+    assert done.code == 0, done.err
+    result = done.json
+    counts = sorted(len(cell["trials"]) for cell in result["cells"])
+    assert counts == [1, 1, 1, 1, 2, 2, 2]
+    assert {(cell["lr"], cell["rank"]) for cell in result["cells"] if cell["lr"] == 2e-4} == {(2e-4, 16)}
+    assert result["choice"]["lr"] in (1e-2, 3e-2)
+    assert (result["complete"], result["measured_on"], result["beats_default"]) == (True, "verdict", True)
+    assert result["against_base"]["lower_by"] > result["against_default"]["lower_by"] > 0
+    assert str(result["choice"]["rank"]) in (tmp_path / "tune.html").read_text()
+    words = shlex.split(result["command"])
+    words = words[words.index("finetune") :]
+    assert words[words.index("--lr") + 1] == f"{result['choice']['lr']}"
+    trained = octavo(*words, "--out", tmp_path / "run", "--json")
+    assert trained.code == 0, trained.err
+    assert trained.json["steps"] == 6
+
+
+@pytest.mark.usefixtures("given_steps")
+def test_a_search_that_was_stopped_goes_on_to_the_same_result(
+    octavo: Octavo, arguments: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = octavo(*arguments).json
+    again = [tmp_path / "again" if word == tmp_path / "out" else word for word in arguments]
+    tried = search._tried
+    done: list[Any] = []
+
+    def stop_in_the_fifth(*values: Any) -> Any:
+        if len(done) == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        done.append(values)
+        return tried(*values)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(search, "_tried", stop_in_the_fifth)
+        stopped = octavo(*again)
+    assert stopped.code == 128 + signal.SIGTERM
+    assert "tune --resume --out" in stopped.err
+    lines = (tmp_path / "again" / "trials.jsonl").read_text().splitlines()
+    assert sum(json.loads(line)["kind"] == "trial" for line in lines) == 4
+    resumed = octavo("tune", "--resume", "--out", tmp_path / "again", "--json")
+    assert resumed.code == 0, resumed.err
+    for key in ("choice", "against_default", "against_second", "against_base", "cells"):
+        assert resumed.json[key] == whole[key]
+
+
+def test_an_existing_search_is_not_overwritten(octavo: Octavo, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "trials.jsonl").write_text("{}\n")
+    done = octavo("tune", "--data", tmp_path, "--out", tmp_path / "out")
+    assert (done.code, "Add --resume" in done.err) == (2, True)
+    done = octavo("tune", "--resume", "--out", tmp_path / "none")
+    assert (done.code, "no search to go on with" in done.err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "text"),
+    [("--rank", "2.5", "no positive integer"), ("--lr", "0", "no learning rate"), ("--lr", "x", "must be numbers")],
+)
+def test_a_bad_grid_is_refused(octavo: Octavo, tmp_path: Path, option: str, value: str, text: str) -> None:
+    done = octavo("tune", "--data", tmp_path, "--out", tmp_path / "out", option, value)
+    assert (done.code, text in done.err) == (2, True), done.err
+
+
+def row(documents: list[int]) -> Row:
+    """Three tokens of each document."""
+    count = 3 * len(documents)
+    ids = np.arange(count, dtype=np.int32)
+    piece = np.repeat(np.arange(len(documents), dtype=np.int32), 3)
+    return Row(ids, ids + 1, ids % 3, piece, ("x:1",) * len(documents), tuple(documents))
+
+
+def test_no_label_is_in_both_halves_and_none_is_lost() -> None:
+    rows = [row([number, number + 1]) for number in range(0, 40, 2)]  # 40 documents
+    both = halves(rows)
+    counts = [sum(int((one.labels != IGNORE_INDEX).sum()) for one in half) for half in (both.choosing, both.verdict)]
+    assert counts == [60, 60]
+    documents = [
+        {one.documents[piece] for one in half for piece in one.piece[one.labels != IGNORE_INDEX]}
+        for half in (both.choosing, both.verdict)
+    ]
+    assert not documents[0] & documents[1]
+    assert documents[0] | documents[1] == set(range(40))
+
+
+def test_a_few_documents_are_halved_by_rows() -> None:
+    rows = [row([0]) for _ in range(5)]
+    both = halves(rows)
+    assert (both.choosing, both.verdict) == (rows[:3], rows[3:])
