@@ -107,7 +107,7 @@ def compare(args: argparse.Namespace) -> None:
             "--test-data", str(PLAYS / "test"), "--seq-len", str(SEQ_LEN), "--batch-size", str(args.batch),
             "--steps", str(args.steps), "--eval-every", str(max(1, args.steps // 3)), "--lr", str(args.lr),
             "--rank", "8", "--alpha", "16", "--eval-rows", "96", "--checkpoint-every", "0", "--sample-tokens", "1",
-            "--keep", "last", "--matmul", matmul, *args.extra,
+            "--keep", "last", "--no-probes", "--matmul", matmul, *args.extra,
         ]  # fmt: skip
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         events = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]

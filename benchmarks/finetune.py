@@ -338,7 +338,7 @@ def article_job(
     row = blank(Setting("octavo finetune", model, batch, seq_len, steps=0, warmup=0))
     row["note"] = f"one epoch over {texts / 1e6:.2f} MB of text"
     options = ["--model", str(model_dir), "--data", str(text_dir), "--test-fraction", "0", "--epochs", "1"]
-    options += ["--batch-size", str(batch), "--seq-len", str(seq_len), *extra]
+    options += ["--batch-size", str(batch), "--seq-len", str(seq_len), "--no-probes", *extra]
     row["command"] = "octavo finetune " + " ".join(options)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"

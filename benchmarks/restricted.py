@@ -66,7 +66,7 @@ def trained(args: argparse.Namespace, out: Path, options: list[str]) -> dict[str
     output = octavo(
         "finetune", "--model", args.model, "--scheme", "int8", "--data", str(TEXTS / "train"), "--test-data",
         str(TEXTS / "test"), "--steps", str(args.steps), "--batch-size", str(args.batch_size), "--seq-len",
-        str(args.seq_len), "--lr", "1e-3", "--out", str(out), *options,
+        str(args.seq_len), "--lr", "1e-3", "--no-probes", "--out", str(out), *options,
     )  # fmt: skip
     losses = {row["name"]: row["loss"] for row in output["rows"]}
     return {

@@ -26,7 +26,7 @@ LEVELS = {
     4: ("store", "runs", "adapters"),
     3: ("models",),
     2: ("layers", "fused"),
-    1: ("ops", "kernels", "runtime", "data"),
+    1: ("ops", "kernels", "runtime", "data", "general_text"),
     0: (
         "errors",
         "atomic",

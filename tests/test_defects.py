@@ -41,7 +41,7 @@ def tune(tiny_gptj: Path, plays: Path) -> Tune:
         values = {
             "model": str(tiny_gptj), "data": [str(plays / "train")], "test_data": [str(plays / "test")],
             "out": str(out), "dtype": "float32", "seq_len": 32, "steps": 2, "rank": 2, "lr": 0.03, "eval_rows": 2,
-            "sample_tokens": 4, "sample_prompt": ["the king"],
+            "sample_tokens": 4, "sample_prompt": ["the king"], "probes": False,
         }  # fmt: skip
         return finetune(Config.read(cli.FINETUNE, {**values, **options}), console=False)
 

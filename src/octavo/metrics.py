@@ -56,17 +56,32 @@ def score(
     progress: Callable[[int], None] | None = None,
 ) -> Score:
     """The score of all labelled tokens of `rows`, in eval mode. `progress(n)` is called after each batch of n rows."""
+    each = label_losses(model, rows, batch_size=batch_size, progress=progress)  # (N,)
+    units, files = _units(rows, each)
+    return Score(float(each.sum()), len(each), n_bytes, units, files)
+
+
+def label_losses(
+    model: Decoder, rows: Sequence[Row], *, batch_size: int, progress: Callable[[int], None] | None = None
+) -> npt.NDArray[np.float64]:
+    """(N,) -log p of each label of `rows` in nats, in their order, in eval mode. `progress` as in `score`."""
     was_training = model.training
     model.eval()
-    losses: list[npt.NDArray[np.float64]] = []  # one of each label, in the order of the rows
+    losses: list[npt.NDArray[np.float64]] = []  # of each batch
     for batch in batches(rows, batch_size=batch_size, seed=0, epochs=1, shuffle=False):
         losses.append(token_losses(model, batch).double().cpu().numpy())
         if progress:
             progress(len(batch.ids))
     model.train(was_training)
-    each = np.concatenate(losses)  # (N,)
-    units, files = _units(rows, each)
-    return Score(float(each.sum()), len(each), n_bytes, units, files)
+    return np.concatenate(losses)
+
+
+def document_losses(rows: Sequence[Row], losses: npt.NDArray[np.float64], documents: int) -> npt.NDArray[np.float64]:
+    """(documents,) The sum of the losses (N,) of `label_losses` over the labels of each document."""
+    of_label = [
+        np.array(row.documents, dtype=np.int64)[row.piece[row.labels != IGNORE_INDEX]] for row in rows
+    ]  # (labels of the row,) each
+    return np.bincount(np.concatenate(of_label), weights=losses, minlength=documents).astype(np.float64)
 
 
 def _units(rows: Sequence[Row], losses: npt.NDArray[np.float64]) -> tuple[Units, dict[str, Units]]:

@@ -268,7 +268,7 @@ def test_a_quantized_folder_is_that_of_the_command_line(tiny_llama: Path, tmp_pa
 def short_run(tiny_llama: Path, plays: Path, tmp_path: Path) -> dict[str, Any]:
     return {
         "model": tiny_llama, "data": [plays / "train"], "test_data": plays / "test", "out": tmp_path / "run",
-        "seq_len": 32, "steps": 4, "lr": 0.03, "rank": 2, "sample_tokens": 2,
+        "seq_len": 32, "steps": 4, "lr": 0.03, "rank": 2, "sample_tokens": 2, "probes": False,
     }  # fmt: skip
 
 

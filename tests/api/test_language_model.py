@@ -88,16 +88,16 @@ def test_values_of_other_types_are_errors_that_name_the_parameter(model: Languag
         assert caught.value.hint
 
 
-@pytest.mark.parametrize("seq_len", [None, 16])
+@pytest.mark.parametrize(("seq_len", "window"), [(None, {}), (16, {}), (16, {"stride": 8, "window": 32})])
 def test_perplexity_is_that_of_the_command(
-    seq_len: int | None, model: LanguageModel, tiny_llama: Path, plays: Path
+    seq_len: int | None, window: dict[str, int], model: LanguageModel, tiny_llama: Path, plays: Path
 ) -> None:
     files = sorted((plays / "train").iterdir())[:3]
     table = octavo.evaluate(
-        model=tiny_llama, data=files, scheme="none", dtype="float32", seq_len=seq_len or 128, quiet=True
+        model=tiny_llama, data=files, scheme="none", dtype="float32", seq_len=seq_len or 128, quiet=True, **window
     )
     texts = [file.read_text() for file in files]
-    found = model.evaluate(texts, seq_len=seq_len)
+    found = model.evaluate(texts, seq_len=seq_len, **window)
     wanted = table["rows"][0]
     assert found["tokens"] == wanted["tokens"]
     assert found["perplexity"] == pytest.approx(wanted["perplexity"], rel=1e-5)
@@ -108,7 +108,7 @@ def test_perplexity_is_that_of_the_command(
         assert found["interval"] == {**wanted["interval"], **found["interval"]}
         for bound in ("low", "high"):
             assert found["interval"][bound] == pytest.approx(wanted["interval"][bound], rel=1e-4)
-    assert model.perplexity(texts, seq_len=seq_len) == found["perplexity"]
+    assert (model.perplexity(texts, seq_len=seq_len) == found["perplexity"]) == (not window)
     assert model.perplexity(texts[0]) != found["perplexity"]
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def options(tiny_llama: Path, plays: Path) -> dict[str, Any]:
     return {
         "model": tiny_llama, "data": [plays / "train"], "test_data": plays / "test", "seq_len": 32, "steps": 4,
-        "lr": 0.03, "rank": 2, "sample_tokens": 2, "eval_every": 2, "quiet": True,
+        "lr": 0.03, "rank": 2, "sample_tokens": 2, "probes": False, "eval_every": 2, "quiet": True,
     }  # fmt: skip
 
 

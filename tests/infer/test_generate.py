@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from octavo.errors import UsageError
-from octavo.infer.generate import Continuation, complete, generate
+from octavo.infer.generate import Continuation, complete, generate, greedy_batch
 from octavo.infer.sample import Sampling
 from octavo.models import Decoder
 from octavo.ops.tiles import Phase
@@ -147,6 +147,15 @@ def test_greedy_tokens_are_those_of_transformers(
     assert answer.token_ids[-1] == stop_id
     assert answer.finish_reason == "stop"
     assert answer.text == BYTES.decode(answer.token_ids[:-1], skip_special_tokens=True)
+
+
+def test_a_greedy_batch_has_the_tokens_of_each_prompt_alone(models: tuple[Any, Decoder]) -> None:
+    prompts = [[40, 41, 200], [7, 7, 90], [5, 6, 7]]
+    batch = greedy_batch(models[1], prompts, new_tokens=12, vocab_size=VOCAB_SIZE).tolist()
+    for prompt, tokens in zip(prompts, batch, strict=True):
+        alone = complete(models[1], BYTES, prompt, Sampling(temperature=0.0, max_new_tokens=12)).token_ids
+        assert tuple(tokens[: len(alone)]) == alone
+    assert len({tuple(tokens) for tokens in batch}) == 3
 
 
 class Scripted(nn.Module):

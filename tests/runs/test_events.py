@@ -13,6 +13,7 @@ import pytest
 from octavo.reporting import Report
 from octavo.runs import events
 from octavo.runs.events import Difference, Event, FileDifference, Interval, ScoreRow
+from octavo.runs.probe_results import Example
 
 INTERVAL = Interval(4.25, 4.5, 20, "documents")
 DIFFERENCE = Difference("base", "int8", "tuned", "int8", 0.5, INTERVAL)
@@ -40,13 +41,18 @@ WRITTEN: list[Event] = [
     events.EarlyStop(2, "the held-out loss rises"),
     events.Failure("the disk is full"),
     events.Memory(2, 2**40),
+    events.Forgot(2, 44, 1652, 1.25, 1.5, 0.25, INTERVAL),
+    events.Learned(
+        2, 50, 40, 3, 0.25, 0.75, 0.5, INTERVAL, examples=(Example("the king of", "Spain", "men", "Spain"),)
+    ),
+    events.Copies(2, reason="the training text is not given"),
 ]
 
 
 # The kinds in the files of all versions: a kind that is renamed is a new one, and its lines of earlier runs are lost.
 RECORDED = {
-    "early_stop", "evaluation", "failure", "hardware", "heldout", "heldout_losses", "matmul", "matmul_speed", "memory",
-    "overlap", "quantization_cost", "sample", "say", "step", "versions", "warn",
+    "copies", "early_stop", "evaluation", "failure", "forgot", "hardware", "heldout", "heldout_losses", "learned",
+    "matmul", "matmul_speed", "memory", "overlap", "quantization_cost", "sample", "say", "step", "versions", "warn",
 }  # fmt: skip
 
 

@@ -69,7 +69,8 @@ def test_a_curve_that_falls_is_better_and_more_passes_are_recommended() -> None:
     assert (verdict.change, verdict.trend) == ("better", "falling")
     assert verdict.percent_a_pass == pytest.approx(100 * 0.2 / 2.6, rel=0.1)
     assert verdict.gain == pytest.approx(0.6 * 60 * TOKENS / N_BYTES / np.log(2), rel=0.05)
-    first, second = verdict.sentences
+    first, second, cost = verdict.sentences
+    assert cost.startswith("What int8 costs against full precision was not measured")
     assert first.startswith("Better by 0.2")
     assert "bits per byte (perplexity " in first
     assert second.startswith("Still falling by 7.")

@@ -117,7 +117,7 @@ def run() -> None:
         model="model", data=["text/train.txt"], test_data=["text/test.txt"], out="run", scheme="int8", dtype="float32",
         device="cpu", seq_len=32, batch_size=4, steps=STEPS, stop_after=STOP, lr=0.01, rank=4, alpha=8.0, rslora=True,
         lora_targets=["all-linear", "embed_tokens", "lm_head"], train_norms=True, train_biases=True, eval_every=2,
-        checkpoint_every=0, keep_checkpoints=1, sample_prompt=["the king"], sample_tokens=4, quiet=True,
+        checkpoint_every=0, keep_checkpoints=1, sample_prompt=["the king"], sample_tokens=4, probes=False, quiet=True,
     )  # fmt: skip
 
 

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, cast
 from octavo.api.options import described_options, document, options_of, signature_of
 from octavo.api.results import GenerateResult, Interval, Score
 from octavo.bounded_json import encodable, shortened
-from octavo.commands.data import to_text
+from octavo.commands.data import encode, to_rows, with_windows
 from octavo.commands.generate import continuation, prompt_ids, sampling_of
-from octavo.config import Config, GenerateOptions, TextOptions
+from octavo.config import Config, GenerateOptions, TextOptions, WindowOptions
 from octavo.data.documents import Reading
 from octavo.data.packing import trained_bytes
 from octavo.data.prompt import encode_conversation
@@ -102,14 +102,28 @@ class LanguageModel:
         turns = [Message(each["role"], each["content"]) for each in given]
         return _checked(encode_conversation(turns, self.tokenizer))
 
-    def evaluate(self, text: str | Sequence[str], *, seq_len: int | None = None) -> Score:
+    def evaluate(
+        self,
+        text: str | Sequence[str],
+        *,
+        seq_len: int | None = None,
+        stride: int | None = None,
+        window: int | None = None,
+    ) -> Score:
         """How well the model predicts a text, or several documents, packed into rows of `seq_len` tokens.
 
-        The default is that of `octavo evaluate`, at most the model's context. UsageError without a token to predict.
+        The default is that of `octavo evaluate`, at most the model's context. With a `stride` a sliding window of
+        `window` tokens moves by so many instead; its default is 1024, at most the context. UsageError without a token
+        to predict.
         """
         context = self.decoder.config.context
-        given = {"seq_len": min(TextOptions().seq_len, context) if seq_len is None else seq_len}
-        options = Config.read((TextOptions,), given, shown=str, hint=_EVALUATE_HINT)[TextOptions]
+        given = {
+            "seq_len": min(TextOptions().seq_len, context) if seq_len is None else seq_len,
+            "stride": stride,
+            "window": window,
+        }
+        config = Config.read((TextOptions, WindowOptions), given, shown=str, hint=_EVALUATE_HINT)
+        options = config[TextOptions]
         length = options.seq_len
         if length > context:
             raise UsageError(f"seq_len {length:,} is more than the model's context of {context:,} tokens.")
@@ -122,7 +136,9 @@ class LanguageModel:
             )
         reading = Reading([from_text(each, source=f"text {number}", line=0) for number, each in enumerate(texts, 1)])
         with Report(console=False) as report:
-            rows = to_text(reading, options, self.tokenizer, report).measurable(0)
+            encoded = encode(reading, options, self.tokenizer, report)
+            packed = to_rows(encoded, options, self.tokenizer)
+            rows = with_windows(packed, encoded, config, self.tokenizer, context=context).measurable(0)
         # The first token of a document is not predicted, and an EOS token has no bytes.
         if not rows or not (n_bytes := trained_bytes(rows, self.tokenizer)):
             raise UsageError("The text has no token to evaluate.", hint="Give a longer text, or a list of texts.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NotRequired, TypedDict
 
 
@@ -80,6 +81,63 @@ class Verdict(TypedDict):
     sentences: list[str]
 
 
+class Forgot(TypedDict):
+    """The loss on the general text that octavo has, in bits per byte; `rise` is after minus before."""
+
+    step: int | None
+    documents: int
+    tokens: int
+    before: float | None
+    after: float | None
+    rise: float | None
+    interval: Interval | None
+    reason: str  # why it was not measured
+
+
+class Learned(TypedDict):
+    """Cloze probes of the held-out text: the share whose true answer is likelier than the `wrong` ones.
+
+    `control_`: the same of a wrong answer in place of the true one. `gain`: of the log-probability, in nats per token.
+    """
+
+    step: int | None
+    probes: int
+    documents: int
+    wrong: int
+    before: float | None
+    after: float | None
+    rise: float | None
+    interval: Interval | None
+    control_before: float | None
+    control_after: float | None
+    control_rise: float | None
+    control_interval: Interval | None
+    gain: float | None
+    gain_interval: Interval | None
+    control_gain: float | None
+    control_gain_interval: Interval | None
+    examples: Sequence[dict[str, str]]
+    reason: str
+
+
+class Copies(TypedDict):
+    """Which share of the runs of `ngram` generated tokens the training text has; `longest` has that many tokens."""
+
+    step: int | None
+    samples: int
+    ngram: int
+    before: float | None
+    after: float | None
+    rise: float | None
+    interval: Interval | None
+    shuffled: float | None
+    of_training_prompts: float | None
+    longest: int
+    text: str
+    source: str
+    reason: str
+
+
 class FinetuneResult(TypedDict):
     """A run. `adapter` is None, and `rows` are those of the base, if it stopped before its last step.
 
@@ -96,6 +154,9 @@ class FinetuneResult(TypedDict):
     rows: list[NamedScore]
     differences: list[Difference]
     verdict: Verdict
+    learned: Learned | None
+    forgot: Forgot | None
+    copies: Copies | None
     held_out: dict[str, Any] | None
     peak_memory_bytes: int
 
@@ -158,6 +219,9 @@ class EvaluateResult(TypedDict):
     rows: list[NamedScore]
     differences: list[Difference]
     verdict: Verdict
+    learned: Learned | None
+    forgot: Forgot | None
+    copies: Copies | None
     attached: NotRequired[dict[str, int]]
     tasks: NotRequired[list[dict[str, Any]]]
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from octavo import html_report
 from octavo.api.loading import load
-from octavo.api.results import Difference, FinetuneResult, NamedScore, Verdict
+from octavo.api.results import Copies, Difference, FinetuneResult, Forgot, Learned, NamedScore, Verdict
 from octavo.bounded_json import shortened
 from octavo.config import ModelOptions
 from octavo.config.settings import read_settings
@@ -20,6 +20,7 @@ from octavo.errors import UsageError
 from octavo.reporting import Report
 from octavo.runs import events
 from octavo.runs.folder import RunFolder
+from octavo.runs.probe_sentences import probe_results
 from octavo.runs.verdict import verdict_of
 
 if TYPE_CHECKING:
@@ -37,7 +38,8 @@ class Run:
     report.html. steps: those that are done. train_loss: the loss of the last one, in nats a token. best_step: the
     step of the adapter, if held-out text chose it. stopped_early: why --early-stop ended the run, if it did. rows,
     differences: the table of scores (octavo.api.results). verdict: what the held-out text shows, in sentences
-    (octavo.runs.verdict). held_out: the overlap of held-out and training text. peak_memory_bytes: of the last call.
+    (octavo.runs.verdict). learned, forgot, copies: cloze probes, the general text, and verbatim copies
+    (octavo.api.results). held_out: the overlap of held-out and training text. peak_memory_bytes: of the last call.
     settings: all options of the run. events: all events in order (octavo.runs.events).
     """
 
@@ -65,6 +67,9 @@ class Run:
         memory = events.last(self.events, events.Memory)
         self.peak_memory_bytes: int = (memory and memory.peak_bytes) or 0
         self.verdict = verdict_of(self.events if finished else [])
+        probed = probe_results(self.events if finished else [])
+        self.learned, self.forgot = cast(Learned | None, probed["learned"]), cast(Forgot | None, probed["forgot"])
+        self.copies = cast(Copies | None, probed["copies"])
         self.settings: dict[str, Any] = _settings(folder.settings)
         kept = self.settings.get("keep", "best") == "best"
         self.best_step: int | None = _best_step(events.only(self.events, events.HeldOut)) if kept else None
@@ -118,6 +123,9 @@ class Run:
             "rows": self.rows,
             "differences": self.differences,
             "verdict": cast(Verdict, self.verdict.to_dict()),
+            "learned": self.learned,
+            "forgot": self.forgot,
+            "copies": self.copies,
             "held_out": self.held_out,
             "peak_memory_bytes": self.peak_memory_bytes,
         }

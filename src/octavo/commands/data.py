@@ -138,7 +138,7 @@ def to_rows(
     rows, ledger = packing.pack(
         [*encoded.tokens, *excluded_tokens],
         seq_len=options.seq_len,
-        pad_id=_pad_id(tokenizer),
+        pad_id=pad_id_of(tokenizer),
         bos_ids=bos_ids(tokenizer),
         truncate=options.truncate,
         deduplicate=options.deduplicate,
@@ -178,7 +178,7 @@ def with_windows(
         encoded.tokens,
         window=window,
         stride=options.stride,
-        pad_id=_pad_id(tokenizer),
+        pad_id=pad_id_of(tokenizer),
         bos_ids=bos_ids(tokenizer),
         deduplicate=text_options.deduplicate,
         min_unique_tokens=text_options.min_unique_tokens,
@@ -301,6 +301,6 @@ def marked(row: Row, tokenizer: PreTrainedTokenizerFast, max_tokens: int = 200) 
     return "".join(shown)
 
 
-def _pad_id(tokenizer: PreTrainedTokenizerFast) -> int:
+def pad_id_of(tokenizer: PreTrainedTokenizerFast) -> int:
     """The padding id. Any id works: padding is masked by labels and piece numbers, never by its id."""
     return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)

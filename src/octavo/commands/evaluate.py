@@ -25,16 +25,18 @@ from octavo.commands.loading import (
     tokenizer_with,
     with_fitting_rows,
 )
+from octavo.commands.probes import Measured, ProbeSet, measure, prepare, results
 from octavo.commands.scores import (
     ScoreTable,
     file_differences,
     loss_difference,
     score_row,
     score_rows,
+    show_probes,
     show_scores,
     show_verdict,
 )
-from octavo.config import Config, EvaluateOptions, ModelOptions, TextOptions, WindowOptions
+from octavo.config import Config, EvaluateOptions, ModelOptions, ProbeOptions, TextOptions, WindowOptions
 from octavo.data.packing import Row
 from octavo.errors import UsageError
 from octavo.hardware import Hardware
@@ -46,6 +48,7 @@ from octavo.ops.quantize import scheme_named
 from octavo.ops.scheme import Scheme
 from octavo.reporting import Report
 from octavo.runs.events import Difference, Evaluation, Event, QuantizationCost, ScoreRow
+from octavo.runs.probe_sentences import probe_results
 from octavo.runs.verdict import Verdict, verdict_of
 from octavo.runtime.optional import bitsandbytes
 from octavo.store.contents import stored_scheme
@@ -92,16 +95,13 @@ def evaluate(config: Config, report: Report) -> dict[str, Any]:
     tokenizer = tokenizer_with(adapter, adapter_folder, source, report)
     rows = _rows(with_fitting_rows(config, source, report), source, tokenizer, report) if options.data else []
     stride = config[WindowOptions].stride
-    stored = stored_scheme(source)
-    if stored.name != "none" and any(scheme is not stored for scheme in schemes):
-        report.warn(f"The weights are stored in {stored.name}: other schemes quantize its dequantized weights.")
     table: list[Scored] = []
+    compares = adapter is not None and not schemes and config[ProbeOptions].probes
+    probes = prepare(rows, None, tokenizer, context=parse(source.config).context) if rows and compares else None
+    measured: list[Measured] = []  # of the last model, before and after the adapter is applied
     task_rows: list[dict[str, Any]] = []
     candidates = _candidates(schemes, source, config, hardware)
-    if stored_scheme(source).name != "dynamic8" and any(
-        candidate.scheme.name == "dynamic8" for candidate in candidates
-    ):
-        bitsandbytes()  # raises if it is missing, before other rows are computed
+    _check_schemes(schemes, candidates, stored_scheme(source), report)
     for candidate in candidates:
         model = load_model(source, candidate.scheme, candidate.hardware, report)
         size = written_bytes(base_of(source), candidate.scheme)
@@ -120,27 +120,56 @@ def evaluate(config: Config, report: Report) -> dict[str, Any]:
                 row = score_row(name, candidate.scheme, folder, result, context=len(rows[0].ids), stride=stride)
                 row = replace(row, size_bytes=size)
                 table.append(Scored(row, result.units, candidate, result.files))
+                if probes and candidate is candidates[-1]:
+                    measured.append(measure(model, probes, tokenizer, batch=options.batch_size, report=report))
             if tasks:
                 report.say(f"{label} on tasks")
                 loaded = LoadedModel(model, tokenizer, end_ids(source))
-                results = run_tasks(tasks, loaded, batch=options.batch_size, report=report)
-                task_rows += [{**_named(name, candidate.scheme, folder), **row} for row in results]
+                of_tasks = run_tasks(tasks, loaded, batch=options.batch_size, report=report)
+                task_rows += [{**_named(name, candidate.scheme, folder), **row} for row in of_tasks]
                 del loaded
         del model  # frees its memory before the next one is loaded
     differences = _differences(table, compared=bool(schemes))
-    if table:
-        show_scores(ScoreTable([one.row for one in table], differences, table[-1].units), report)
-    verdict = _verdict(table, differences) if not schemes else Verdict()
-    show_verdict(verdict, report)
+    found = _probe_events(probes, measured, tokenizer)
+    verdict = _verdict(table, differences, found) if not schemes else Verdict()
+    _show(table, differences, found, verdict, report)
     if tasks:
         show_tasks(task_rows, report)
     return {
         "rows": [one.row.to_dict() for one in table],
         "differences": [asdict(one) for one in differences],
         "verdict": verdict.to_dict(),
+        **probe_results(found),
         **({"attached": attached(adapter)} if adapter else {}),
         **({"tasks": task_rows} if tasks else {}),
     }
+
+
+def _show(
+    table: Sequence[Scored], differences: Sequence[Difference], found: Sequence[Event], verdict: Verdict, report: Report
+) -> None:
+    """Prints the tables and the verdict."""
+    if table:
+        show_scores(ScoreTable([one.row for one in table], differences, table[-1].units), report)
+    show_probes(found, report)
+    show_verdict(verdict, report)
+
+
+def _probe_events(
+    probes: ProbeSet | None, measured: Sequence[Measured], tokenizer: PreTrainedTokenizerFast
+) -> list[Event]:
+    """What the adapter changed; [] unless the model was measured without it and with it."""
+    if probes is None or len(measured) != 2:
+        return []
+    return results(probes, measured[0], measured[1], None, tokenizer, step=None)
+
+
+def _check_schemes(schemes: Sequence[Scheme], candidates: Sequence[Candidate], stored: Scheme, report: Report) -> None:
+    """Raises if bitsandbytes is missing and needed, before any row is computed; warns of weights quantized twice."""
+    if stored.name != "none" and any(scheme is not stored for scheme in schemes):
+        report.warn(f"The weights are stored in {stored.name}: other schemes quantize its dequantized weights.")
+    if stored.name != "dynamic8" and any(candidate.scheme.name == "dynamic8" for candidate in candidates):
+        bitsandbytes()
 
 
 def _differences(table: Sequence[Scored], *, compared: bool) -> list[Difference]:
@@ -151,13 +180,13 @@ def _differences(table: Sequence[Scored], *, compared: bool) -> list[Difference]
     return [loss_difference(before.row, after.row, before.units, after.units) for before, after in pairs]
 
 
-def _verdict(table: Sequence[Scored], differences: Sequence[Difference]) -> Verdict:
+def _verdict(table: Sequence[Scored], differences: Sequence[Difference], found: Sequence[Event]) -> Verdict:
     """The verdict on the tuned model, with what the scheme of its base costs if the unquantized base has a row."""
     if not differences or len(table) < 2:
         return Verdict()
     first, before, after = table[0], table[-2], table[-1]
     files = tuple(file_differences(before.files, after.files))
-    events: list[Event] = [Evaluation(None, tuple(one.row for one in table), tuple(differences), files)]
+    events: list[Event] = [Evaluation(None, tuple(one.row for one in table), tuple(differences), files), *found]
     if first is not before:
         events.append(QuantizationCost(loss_difference(first.row, before.row, first.units, before.units)))
     return verdict_of(events)

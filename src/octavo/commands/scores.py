@@ -14,7 +14,8 @@ from octavo.metrics import Score, score
 from octavo.models import Decoder
 from octavo.ops.scheme import Scheme
 from octavo.reporting import Report, shown
-from octavo.runs.events import Difference, FileDifference, Interval, ScoreRow
+from octavo.runs.events import Difference, Event, FileDifference, Interval, ScoreRow
+from octavo.runs.probe_sentences import probe_table
 from octavo.runs.verdict import Verdict
 
 if TYPE_CHECKING:
@@ -101,6 +102,14 @@ def show_verdict(verdict: Verdict, report: Report) -> None:
     """Prints the sentences of the verdict, one a line."""
     for sentence in verdict.sentences:
         report.result(sentence)
+
+
+def show_probes(found: Sequence[Event], report: Report) -> None:
+    """Prints the table of what a model learned, forgot and copies, as far as it was measured."""
+    rows = probe_table(found)
+    if rows:
+        columns = ["measure", "before", "after", "change"]
+        report.table("Learned, forgot and copied", columns, rows, result=True)
 
 
 def show_scores(table: ScoreTable, report: Report) -> None:

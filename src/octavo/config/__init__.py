@@ -18,8 +18,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from octavo.bounded_json import shortened
-from octavo.config.demo import DEMO
-from octavo.config.options import (
+from octavo.config.command_options import (
     ChatOptions,
     CheckOptions,
     CompareOptions,
@@ -27,17 +26,21 @@ from octavo.config.options import (
     DataOptions,
     EvaluateOptions,
     GenerateOptions,
-    LoraCommon,
-    LoraOptions,
-    MemoryOptions,
-    ModelOptions,
     PlanOptions,
     PromptOptions,
     PushOptions,
     QuantizeOptions,
-    RunOptions,
     RunsOptions,
     ServeOptions,
+)
+from octavo.config.demo import DEMO
+from octavo.config.options import (
+    LoraCommon,
+    LoraOptions,
+    MemoryOptions,
+    ModelOptions,
+    ProbeOptions,
+    RunOptions,
     TextOptions,
     TrainCommon,
     TrainingData,
@@ -64,6 +67,7 @@ __all__ = [
     "MemoryOptions",
     "ModelOptions",
     "PlanOptions",
+    "ProbeOptions",
     "PromptOptions",
     "PushOptions",
     "QuantizeOptions",

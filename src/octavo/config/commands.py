@@ -22,6 +22,7 @@ from octavo.config import (
     MemoryOptions,
     ModelOptions,
     PlanOptions,
+    ProbeOptions,
     PromptOptions,
     PushOptions,
     QuantizeOptions,
@@ -43,11 +44,12 @@ from octavo.runs.folder import RunFolder
 Sections = tuple[type[Section], ...]
 
 FINETUNE: Sections = (
-    ModelOptions, TrainingData, TextOptions, LoraOptions, TrainOptions, MemoryOptions, WindowOptions, RunOptions,
+    ModelOptions, TrainingData, TextOptions, LoraOptions, TrainOptions, MemoryOptions, WindowOptions, ProbeOptions,
+    RunOptions,
 )  # fmt: skip
 TUNE: Sections = (ModelOptions, TrainingData, TextOptions, LoraCommon, TrainCommon, MemoryOptions, TuneOptions)
 PLAN: Sections = (ModelOptions, TextOptions, LoraOptions, TrainOptions, MemoryOptions, PlanOptions)
-EVALUATE: Sections = (ModelOptions, EvaluateOptions, WindowOptions, TextOptions)
+EVALUATE: Sections = (ModelOptions, EvaluateOptions, WindowOptions, ProbeOptions, TextOptions)
 GENERATE: Sections = (ModelOptions, GenerateOptions, PromptOptions)
 CHAT: Sections = (ModelOptions, GenerateOptions, ChatOptions)
 SERVE: Sections = (ModelOptions, ServeOptions)

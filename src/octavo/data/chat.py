@@ -79,12 +79,19 @@ def encode_chat(
     return EncodedChat(ids[:length], trained[:length], n_bytes, n_after)
 
 
-def encode_turns(messages: Sequence[Message], tokenizer: PreTrainedTokenizerFast, coder: Coder) -> list[int]:
+def encode_turns(
+    messages: Sequence[Message],
+    tokenizer: PreTrainedTokenizerFast,
+    coder: Coder,
+    *,
+    tools: str = "",
+    now: datetime | None = None,
+) -> list[int]:
     """The ids of a conversation up to and including the header of the assistant's next turn, which is to be generated.
 
     As in training, the string of a control token in a content stays text. Raises as `encode_chat` does.
     """
-    document = Document("the conversation", 1, messages=tuple(messages), now=datetime.now())
+    document = Document("the conversation", 1, messages=tuple(messages), tools=tools, now=now or datetime.now())
     layout = lay_out(document, tokenizer, coder, add_generation_prompt=True)
     ids, _, _ = _encode(layout.rendered, _template_controls(layout, coder), coder)
     return [int(token_id) for token_id in ids]

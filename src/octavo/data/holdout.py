@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from octavo.data.bytes import token_bytes
 from octavo.data.encoding import bos_ids
+from octavo.data.ngrams import hashes
 from octavo.data.records import ALPACA_HEADINGS, Document
 from octavo.data.tokens import Tokens
 from octavo.errors import UsageError
@@ -146,8 +147,8 @@ def shared_text(
     N-grams are compared by a 64-bit hash. Those of the test side are sorted, and each one of the training side is
     searched among them, so memory is proportional to the test side: some 30 bytes a token.
     """
-    hashes = [_hashes(ids) for ids in test]
-    wanted = np.unique(np.concatenate(hashes)) if hashes else np.zeros(0, dtype=np.uint64)  # (h,) sorted
+    of_test = [hashes(ids, NGRAM) for ids in test]
+    wanted = np.unique(np.concatenate(of_test)) if of_test else np.zeros(0, dtype=np.uint64)  # (h,) sorted
     occurs = np.zeros(len(wanted), dtype=np.bool_)  # (h,)
     if len(wanted):
         # A bitmap over the top bits of the hash rejects most training n-grams before the binary search.
@@ -155,13 +156,13 @@ def shared_text(
         bitmap = np.zeros(2 ** (64 - int(shift)), dtype=np.bool_)
         bitmap[wanted >> shift] = True
         for chunk in _chunks(train):
-            candidates = _hashes(chunk)
+            candidates = hashes(chunk, NGRAM)
             candidates = candidates[bitmap[candidates >> shift]]
             index = np.minimum(np.searchsorted(wanted, candidates), len(wanted) - 1)
             occurs[index[wanted[index] == candidates]] = True
     n_tokens = n_shared = 0
     near: list[int] = []
-    for number, (ngrams, mask) in enumerate(zip(hashes, trained, strict=True)):
+    for number, (ngrams, mask) in enumerate(zip(of_test, trained, strict=True)):
         starts = np.flatnonzero(occurs[np.searchsorted(wanted, ngrams)]) if len(ngrams) else np.zeros(0, dtype=np.int64)
         # +1 where a shared n-gram begins, -1 after its end: the cumulative sum is above 0 within shared n-grams.
         edges = np.zeros(len(mask) + 1, dtype=np.int64)  # (n + 1,)
@@ -194,23 +195,3 @@ def _chunks(texts: Iterable[npt.NDArray[np.int32]]) -> Iterator[npt.NDArray[np.i
                 parts, size = [], 0
     if parts:
         yield np.concatenate(parts)
-
-
-def _hashes(ids: npt.NDArray[np.int32]) -> npt.NDArray[np.uint64]:
-    """(max(0, n - NGRAM + 1),) A hash of each n-gram: sum_i c_i mix(id_i) modulo 2**64, then mixed; the c_i are odd.
-
-    As a sum it takes NGRAM vectorized additions for a whole text. The constants of `mix` and c_i are splitmix64's.
-    """
-    n = len(ids) - NGRAM + 1
-    if n <= 0:
-        return np.zeros(0, dtype=np.uint64)
-    mixed = ids.astype(np.int64).astype(np.uint64)
-    mixed = (mixed + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-    mixed ^= mixed >> np.uint64(29)
-    total = np.zeros(n, dtype=np.uint64)
-    factor = 0xBF58476D1CE4E5B9
-    for offset in range(NGRAM):
-        total += mixed[offset : offset + n] * np.uint64(factor)
-        factor = (factor * 0x94D049BB133111EB) % 2**64
-    total *= np.uint64(0xD6E8FEB86659FD93)
-    return total ^ (total >> np.uint64(32))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import datetime
 from typing import TYPE_CHECKING
 
 from octavo.data.chat import encode_turns
@@ -25,6 +26,11 @@ def encode_prompt(text: str, tokenizer: PreTrainedTokenizerFast) -> list[int]:
     return [*bos_ids(tokenizer), *coder_of(tokenizer).plain.encode(text, add_special_tokens=False).ids]
 
 
-def encode_conversation(messages: Sequence[Message], tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """The ids of a conversation, up to and including the header of the assistant's next turn."""
-    return encode_turns(messages, tokenizer, coder_of(tokenizer))
+def encode_conversation(
+    messages: Sequence[Message], tokenizer: PreTrainedTokenizerFast, *, tools: str = "", now: datetime | None = None
+) -> list[int]:
+    """The ids of a conversation, up to and including the header of the assistant's next turn.
+
+    `tools` and `now` are those of a Document, for the chat template.
+    """
+    return encode_turns(messages, tokenizer, coder_of(tokenizer), tools=tools, now=now)

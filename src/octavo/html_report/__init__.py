@@ -19,6 +19,7 @@ from octavo.html_report.elements import page
 from octavo.html_report.elements import section as _section
 from octavo.html_report.elements import table as _table
 from octavo.html_report.elements import text as _text
+from octavo.html_report.learned import learned_section
 from octavo.reporting import shown
 from octavo.runs.events import (
     Evaluation,
@@ -57,6 +58,7 @@ def write(folder: Path) -> Path:
         _verdict(events),
         _curves(events),
         _perplexities(events),
+        learned_section(events),
         _samples(events),
         _ledger(run.ledger),
         _warnings(events),
@@ -177,7 +179,9 @@ def _samples(events: Sequence[Event]) -> str:
     blocks = []
     for samples in by_prompt.values():
         before_and_after = ("base", "Before"), ("tuned", "After")
-        cards = [_sample(title, _last_where(samples, which)) for which, title in before_and_after]
+        reference = next((sample.reference for sample in samples if sample.reference), "")
+        cards = [_sample("Held-out text", Sample(None, samples[0].prompt, reference))] if reference else []
+        cards += [_sample(title, _last_where(samples, which)) for which, title in before_and_after]
         training_samples = [
             _sample(f"Step {'?' if sample.step is None else shown(sample.step)}", sample)
             for sample in samples

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from octavo.errors import UsageError
 from octavo.infer.sample import Sampling, choose
@@ -127,6 +128,27 @@ def _tokens(model: Decoder, ids: list[int], sampling: Sampling, *, limit: int, v
             ids.append(token)
             new = [token]
             yield token
+    finally:
+        model.train(was_training)
+
+
+@torch.no_grad()
+def greedy_batch(model: Decoder, prompts: Sequence[Sequence[int]], *, new_tokens: int, vocab_size: int) -> Tensor:
+    """(B, new_tokens) The likeliest continuations of B prompts of one length, in one batch, on the CPU.
+
+    They do not end at stop ids: the caller cuts them there.
+    """
+    ids = torch.tensor(prompts, device=model.embed.matrix.device)  # (B, T)
+    was_training = model.training
+    model.eval()
+    try:
+        cache = model.new_cache(batch=len(prompts), max_len=ids.shape[1] + new_tokens)
+        new: list[Tensor] = []  # (B, 1) each
+        for _ in range(new_tokens):
+            hidden = model.hidden(new[-1] if new else ids, cache=cache)  # (B, T, d)
+            logits = model.infer_logits(hidden[:, -1:], Phase.DECODE)[..., :vocab_size]  # (B, 1, V)
+            new.append(logits.argmax(-1))
+        return torch.cat(new, 1).cpu()
     finally:
         model.train(was_training)
 

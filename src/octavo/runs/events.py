@@ -15,6 +15,8 @@ from typing import Any, ClassVar, TypeVar
 
 from octavo.data.ledger import Overlap as OverlapValues
 from octavo.reporting import SAY, WARN, Report, read_events
+from octavo.runs import probe_results
+from octavo.runs.interval import Interval as Interval
 from octavo.runs.json_fields import read_fields
 
 E = TypeVar("E", bound="Event")
@@ -51,20 +53,6 @@ class Step(Event):
 
 
 @dataclass(frozen=True)
-class Interval:
-    """The bounds of a mean, and how many units of which kind it was computed from (intervals.py).
-
-    `level` is the share of such intervals that contain the mean.
-    """
-
-    low: float
-    high: float
-    units: int
-    over: str
-    level: float = 0.95
-
-
-@dataclass(frozen=True)
 class HeldOut(Event):
     """An evaluation on the held-out text during training. Its intervals are of paired differences of the loss."""
 
@@ -85,9 +73,10 @@ class Sample(Event):
 
     kind = "sample"
     step: int | None = None
-    prompt: str = ""
+    prompt: str = ""  # of a conversation: the question, the user's last message
     text: str = ""
     which: str = ""
+    reference: str = ""  # how the held-out text answers or goes on; "" for a prompt of --sample-prompt
 
     @property
     def ends_run(self) -> bool:
@@ -253,6 +242,39 @@ class Overlap(OverlapValues, Event):
 
 
 @dataclass(frozen=True)
+class Forgot(probe_results.Forgot, Event):
+    """The change on the general text."""
+
+    kind = "forgot"
+
+    @property
+    def ends_run(self) -> bool:
+        return True
+
+
+@dataclass(frozen=True)
+class Learned(probe_results.Learned, Event):
+    """The cloze probes of the held-out text."""
+
+    kind = "learned"
+
+    @property
+    def ends_run(self) -> bool:
+        return True
+
+
+@dataclass(frozen=True)
+class Copies(probe_results.Copies, Event):
+    """The verbatim copies of training text in samples."""
+
+    kind = "copies"
+
+    @property
+    def ends_run(self) -> bool:
+        return True
+
+
+@dataclass(frozen=True)
 class Matmul(Event):
     """The choice of 8-bit matmuls by layer: exact layers, outlier channels, and the measured errors.
 
@@ -293,7 +315,7 @@ KINDS: dict[str, type[Event]] = {
     event.kind: event
     for event in (
         Step, HeldOut, Sample, Evaluation, HeldOutLosses, Failure, Memory, Hardware, Versions, Overlap, Matmul,
-        MatmulSpeed, Say, Warn, QuantizationCost, EarlyStop,
+        MatmulSpeed, Say, Warn, QuantizationCost, EarlyStop, Forgot, Learned, Copies,
     )
 }  # fmt: skip
 
@@ -372,6 +394,6 @@ def _plain(value: object) -> object:
     """The value of a field for JSON."""
     if isinstance(value, tuple):
         return [_plain(item) for item in value]
-    if isinstance(value, Difference | FileDifference | Interval):
+    if isinstance(value, Difference | FileDifference | Interval | probe_results.Example):
         return asdict(value)
     return value.to_dict() if isinstance(value, ScoreRow) else value

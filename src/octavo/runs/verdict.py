@@ -27,12 +27,13 @@ from octavo.runs.events import (
     Event,
     FileDifference,
     HeldOut,
-    Interval,
     QuantizationCost,
     ScoreRow,
     last,
     only,
 )
+from octavo.runs.interval import Interval, half_width, plus_minus
+from octavo.runs.probe_sentences import probe_sentences
 
 MAX_FILES = 5  # that the verdict names
 Change = Literal["better", "worse", "unclear", "not measured"]
@@ -64,12 +65,12 @@ def verdict_of(events: Sequence[Event]) -> Verdict:
     rows = evaluation.rows if evaluation else ()
     before, after = (_row(rows, difference, side) for side in ("before", "after"))
     if evaluation is None or difference is None or before is None or after is None or difference.lower_by is None:
-        return Verdict()
+        return Verdict(sentences=tuple(probe_sentences(events)))
     factor = _bits_per_nat(before)
     gain = None if factor is None else difference.lower_by * factor
     if gain is None or not math.isfinite(gain):
-        return Verdict()
-    half = _half(difference.interval)
+        return Verdict(sentences=tuple(probe_sentences(events)))
+    half = half_width(difference.interval)
     change: Change = "not measured"
     if half is not None:
         is_unclear = not gain or abs(difference.lower_by) <= half
@@ -83,9 +84,15 @@ def verdict_of(events: Sequence[Event]) -> Verdict:
         sentences.append(f"Stopped early after step {stop.step:,}: {stop.reason}.")
     if (cost := last(events, QuantizationCost)) and (sentence := _cost_sentence(cost.difference, rows)):
         sentences.append(sentence)
+    sentences += probe_sentences(events)
     if factor is not None and len(evaluation.files) > 1:
         folder = _folder([one.source for one in evaluation.files])
         sentences += [_file_sentence(one, one.source.removeprefix(folder), factor) for one in files]
+    if cost is None and evaluation.step is not None and before.scheme != "none":
+        sentences.append(
+            f"What {before.scheme} costs against full precision was not measured: `octavo evaluate` with --compare "
+            f"none,{before.scheme} measures it."
+        )
     return Verdict(change, gain, plus_minus, trend, percent, best, files, tuple(sentences))
 
 
@@ -106,12 +113,6 @@ def _middle(bounds: Interval) -> float:
     return (bounds.high + bounds.low) / 2
 
 
-def _half(bounds: Interval | None) -> float | None:
-    """Half the width; None without an interval, or if that is not finite."""
-    half = (bounds.high - bounds.low) / 2 if bounds else math.nan
-    return half if math.isfinite(half) else None
-
-
 def _change_sentence(
     change: Change, gain: float, half: float | None, difference: Difference, rows: tuple[ScoreRow, ScoreRow]
 ) -> str:
@@ -128,9 +129,9 @@ def _change_sentence(
     if change == "unclear":
         times = half / abs(gain) if gain else math.inf  # the square root of how much more text shows it
         more = f" A change of this size shows on about {times**2:.2g} times as much text." if 1.02 < times < 10 else ""
-        size = f"{_plus_minus(gain, half)} bits per byte{on} ({perplexities})"
+        size = f"{plus_minus(gain, half)} bits per byte{on} ({perplexities})"
         return f"No difference can be told: the gain is {size}.{more}"
-    return f"{change.capitalize()} by {_plus_minus(abs(gain), half)} bits per byte ({perplexities}){on}."
+    return f"{change.capitalize()} by {plus_minus(abs(gain), half)} bits per byte ({perplexities}){on}."
 
 
 def _trend(curve: Sequence[HeldOut], uncertainty: float) -> tuple[Trend, float | None, int | None, str]:
@@ -141,7 +142,7 @@ def _trend(curve: Sequence[HeldOut], uncertainty: float) -> tuple[Trend, float |
     newest = curve[-1] if curve else None
     if newest is None or newest.loss is None or newest.fall is None or newest.rise is None:
         return "not measured", None, None, ""
-    if _half(newest.rise) is None or _half(newest.fall) is None:
+    if half_width(newest.rise) is None or half_width(newest.fall) is None:
         return "not measured", None, None, ""
     if rise := clear_rise(newest, len(curve)):
         higher = f"{rise} nats per token"
@@ -175,11 +176,11 @@ def _trend(curve: Sequence[HeldOut], uncertainty: float) -> tuple[Trend, float |
 
 def clear_rise(event: HeldOut, earlier: int) -> str:
     """How far the loss is above the lowest one of `earlier` evaluations, with its interval; "" if that is not clear."""
-    half = _half(event.rise)
+    half = half_width(event.rise)
     if event.rise is None or half is None:
         return ""
     rise, half = _middle(event.rise), half * _widened(earlier)
-    return _plus_minus(rise, half) if rise > half else ""
+    return plus_minus(rise, half) if rise > half else ""
 
 
 def _epochs(passes: float) -> str:
@@ -195,15 +196,15 @@ def _widened(earlier: int) -> float:
 
 def _cost_sentence(cost: Difference, rows: Sequence[ScoreRow]) -> str:
     """What the quantization cost."""
-    before, half = _row(rows, cost, "before"), _half(cost.interval)
+    before, half = _row(rows, cost, "before"), half_width(cost.interval)
     factor = _bits_per_nat(before) if before else None
     if factor is None or cost.lower_by is None or half is None:
         return ""
     change, half = -cost.lower_by * factor, half * factor
     if abs(change) <= half:
-        return f"What {cost.after_scheme} costs cannot be told: {_plus_minus(change, half)} bits per byte."
+        return f"What {cost.after_scheme} costs cannot be told: {plus_minus(change, half)} bits per byte."
     word = "costs" if change > 0 else "gains"
-    return f"{cost.after_scheme} {word} {_plus_minus(abs(change), half)} bits per byte against full precision."
+    return f"{cost.after_scheme} {word} {plus_minus(abs(change), half)} bits per byte against full precision."
 
 
 def _folder(sources: Sequence[str]) -> str:
@@ -215,12 +216,12 @@ def _folder(sources: Sequence[str]) -> str:
 
 def _file_sentence(one: FileDifference, name: str, factor: float) -> str:
     assert one.lower_by is not None
-    half = _half(one.interval)
+    half = half_width(one.interval)
     if half is None:
         size = f"{one.lower_by * factor:+.3f} bits per byte, without an interval"
         return f"{name}: gain {size} (too few documents or rows)."
     unclear = " (not clear)" if abs(one.lower_by) <= half else ""
-    return f"{name}: gain {_plus_minus(one.lower_by * factor, half * factor)} bits per byte{unclear}."
+    return f"{name}: gain {plus_minus(one.lower_by * factor, half * factor)} bits per byte{unclear}."
 
 
 def _is_finite(value: float | None) -> bool:
@@ -230,14 +231,8 @@ def _is_finite(value: float | None) -> bool:
 def _size(one: FileDifference) -> float:
     """Sorts files: what changed most for sure first, those without an interval last."""
     assert one.lower_by is not None
-    half = _half(one.interval)
+    half = half_width(one.interval)
     return math.inf if half is None else half - abs(one.lower_by)
-
-
-def _plus_minus(value: float, half: float) -> str:
-    """The value and half of its interval, to two digits of the latter."""
-    digits = 3 if half <= 0 else max(0, min(6, 1 - math.floor(math.log10(half))))
-    return f"{value:.{digits}f} \N{PLUS-MINUS SIGN} {half:.{digits}f}"
 
 
 def _number(value: float | None) -> str:

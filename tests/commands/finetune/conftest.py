@@ -33,6 +33,7 @@ def settings(tiny_llama: Path, plays: Path) -> Settings:
             "steps": 6,
             "lr": 0.03,
             "rank": 2,
+            "probes": False,  # tests/commands/finetune/test_probes.py has them
             "sample_tokens": 4,
             "sample_prompt": ["the king"],
         }

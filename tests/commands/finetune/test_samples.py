@@ -104,3 +104,27 @@ def test_a_given_prompt_that_does_not_fit_is_an_error_before_weights_are_loaded(
     with pytest.raises(UsageError, match=message):
         tune(tmp_path / "run", model=str(narrow), data=[str(tmp_path / "a.txt")], **changes)
     assert not (tmp_path / "run").exists()
+
+
+def test_held_out_conversations_are_answered_through_the_chat_template(tune: Tune, tmp_path: Path) -> None:
+    def conversation(number: int) -> dict[str, Any]:
+        contents = f"hail {number}", f"who comes {number}?", f"the queen {number}"
+        roles = "system", "user", "assistant"
+        turns = [{"role": role, "content": text} for role, text in zip(roles, contents, strict=True)]
+        return {"messages": [*turns, {"role": "user", "content": "farewell"}]}
+
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(conversation(number)) + "\n" for number in range(5)))
+    tune(tmp_path / "run", data=[str(tmp_path / "a.jsonl")], **{**SHORT, "seq_len": 64})
+    samples = events(tmp_path / "run", "sample")
+    assert [(one["prompt"], one["reference"], one["which"]) for one in samples] == [
+        (f"who comes {number}?", f"the queen {number}", which) for which in ("base", "tuned") for number in (0, 1)
+    ]
+    assert "the queen 0" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_the_reference_of_a_text_is_what_follows_its_beginning(tune: Tune, tmp_path: Path) -> None:
+    words = [f"w{number}" for number in range(20)]
+    (tmp_path / "a.txt").write_text(" ".join(words))
+    tune(tmp_path / "run", data=[str(tmp_path / "a.txt")], **SHORT)
+    base = events(tmp_path / "run", "sample")[0]
+    assert f"{base['prompt']} {base['reference']}" == " ".join(words)

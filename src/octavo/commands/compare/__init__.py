@@ -82,11 +82,26 @@ def _results(runs: Sequence[ReadRun]) -> list[tuple[str, list[object]]]:
             [run.summary.difference.lower_by if run.summary.difference else None for run in runs],
         ),
         ("95% interval of this", [_bounds(run) for run in runs]),
+        ("general text: loss higher by, in bits per byte", [one and one.rise for one in map(_forgot, runs)]),
+        ("share of cloze probes recovered", [one and one.after for one in map(_learned, runs)]),
+        ("share of copied n-grams in samples", [one and one.after for one in map(_copies, runs)]),
         ("tokens per second", [run.summary.tokens_per_second for run in runs]),
         ("training time", [None if (time := run.training_seconds) is None else duration(time) for run in runs]),
         ("peak memory in GiB", [None if (peak := run.peak_memory_bytes) is None else peak / 2**30 for run in runs]),
     ]
     return [(name, values) for name, values in rows if any(value is not None for value in values)]
+
+
+def _forgot(run: ReadRun) -> events.Forgot | None:
+    return events.last(run.events, events.Forgot)
+
+
+def _learned(run: ReadRun) -> events.Learned | None:
+    return events.last(run.events, events.Learned)
+
+
+def _copies(run: ReadRun) -> events.Copies | None:
+    return events.last(run.events, events.Copies)
 
 
 def _steps(run: ReadRun) -> str:

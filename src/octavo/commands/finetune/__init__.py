@@ -32,10 +32,11 @@ from octavo.commands.finetune.measure import (
 )
 from octavo.commands.finetune.precision import choose_precision
 from octavo.commands.finetune.prepare import prepare
+from octavo.commands.finetune.probes import measure_probes_after, measure_probes_before
 from octavo.commands.finetune.samples import sample
 from octavo.commands.finetune.state import Run, resume, save_checkpoint
 from octavo.commands.finetune.trackers import begin, tracked
-from octavo.commands.scores import ScoreTable, show_scores, show_verdict
+from octavo.commands.scores import ScoreTable, show_probes, show_scores, show_verdict
 from octavo.config import Config, RunOptions, TrainOptions
 from octavo.data.loader import batches
 from octavo.errors import StoppedError, TrainingError
@@ -43,6 +44,7 @@ from octavo.hardware import peak_memory_bytes
 from octavo.reporting import Report
 from octavo.runs import events
 from octavo.runs.folder import RunFolder
+from octavo.runs.probe_sentences import probe_results
 from octavo.runs.verdict import verdict_of
 from octavo.stopping import StopRequest, StopSignals, stop_signals
 from octavo.system import own_command, quoted
@@ -76,6 +78,7 @@ def finetune(
                 begin(tracking, run)
                 if run.state.done == 0:
                     measure_base(run, compare_full=compare_full)
+                    measure_probes_before(run)
                 _train(run, signals)
                 result = _finish(run)
                 signals.check()
@@ -241,6 +244,7 @@ def _finish(run: Run) -> dict[str, Any]:
         read_back(run)
         table = measure_tuned(run)
         sample(run, which="tuned", step=state.done)
+        measure_probes_after(run)
         events.Evaluation(state.done, tuple(table.rows), tuple(table.differences), tuple(table.files)).write(report)
     memory = peak_memory_bytes(run.hardware.device)
     events.Memory(state.done, memory).write(report)
@@ -248,12 +252,14 @@ def _finish(run: Run) -> dict[str, Any]:
     if finished:
         write_readme(run)
     written = html_report.write(run.folder.path)
-    verdict = verdict_of(events.read(run.folder.metrics) if finished else [])
+    found = events.read(run.folder.metrics) if finished else []
+    verdict = verdict_of(found)
     if finished:  # results last: stdout may be closed, and the run folder must be complete in that case too
         report.say(f"Peak memory: {memory / 2**30:.2f} GiB.")
         if table.rows:
             show_scores(table, report)
-            show_verdict(verdict, report)
+        show_probes(found, report)
+        show_verdict(verdict, report)
         if state.best is not None and state.best["step"] != state.done:
             report.result(
                 f"The adapter is that of step {state.best['step']:,} of {state.done:,}: the best on the held-out text."
@@ -270,6 +276,7 @@ def _finish(run: Run) -> dict[str, Any]:
         "rows": [row.to_dict() for row in table.rows],
         "differences": [asdict(one) for one in table.differences],
         "verdict": verdict.to_dict(),
+        **probe_results(found),
         "held_out": asdict(run.test.ledger.overlap) if run.test and run.test.ledger.overlap else None,
         "peak_memory_bytes": memory,
     }

@@ -1,14 +1,17 @@
-"""Samples of the model before, during and after training: continuations of a few prompts."""
+"""Samples of the model before, during and after training: continuations of text, or answers to held-out questions."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from octavo.commands.finetune.state import Run
 from octavo.commands.loading import end_ids
 from octavo.config import RunOptions
-from octavo.data.prompt import encode_prompt
-from octavo.errors import UsageError
+from octavo.data.prompt import encode_conversation, encode_prompt
+from octavo.data.records import Document
+from octavo.errors import DataError, ModelError, UsageError
 from octavo.infer.generate import check_prompt, complete
 from octavo.infer.sample import Sampling
 from octavo.runs import events
@@ -17,6 +20,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 PROMPT_WORDS = 12  # words of the held-out text that are the default prompt of samples
+REFERENCE_WORDS = 60  # that follow them, about as many as --sample-tokens
+QUESTIONS = 2  # held-out conversations or pairs that are samples
+MAX_CONVERSATIONS = 20  # among which they are searched
 
 
 def check_prompts(options: RunOptions, tokenizer: PreTrainedTokenizerFast, context: int) -> None:
@@ -29,25 +35,68 @@ def check_prompts(options: RunOptions, tokenizer: PreTrainedTokenizerFast, conte
             raise UsageError(f"--sample-prompt {short!r}: {error.message}", hint=error.hint) from error
 
 
+@dataclass(frozen=True)
+class Prompt:
+    """What a sample continues or answers, and how the held-out text does."""
+
+    text: str  # of a conversation: the user's last message
+    ids: list[int]
+    reference: str = ""
+
+
 def sample(run: Run, *, which: str, step: int) -> None:
-    """Continues each prompt; records and prints the text."""
+    """Continues each prompt, or answers each question; records and prints the text."""
     options = run.config[RunOptions]
     run.micro_step.release()
     sampling = Sampling(temperature=0.7, top_p=0.9, max_new_tokens=options.sample_tokens, seed=0)
-    for prompt in options.sample_prompt or _default_prompts(run, say=step == 0):
-        ids = encode_prompt(prompt, run.tokenizer)
-        text = complete(run.model, run.tokenizer, ids, sampling, stop_ids=end_ids(run.source)).text
-        events.Sample(step, prompt, text, which).write(run.report)
-        run.report.say(f"\nSample of the {which} model for {prompt!r}:\n{text}\n")
+    given = [Prompt(text, encode_prompt(text, run.tokenizer)) for text in options.sample_prompt]
+    for prompt in given or _default_prompts(run, say=step == 0):
+        text = complete(run.model, run.tokenizer, prompt.ids, sampling, stop_ids=end_ids(run.source)).text
+        events.Sample(step, prompt.text, text, which, prompt.reference).write(run.report)
+        reference = f"Held-out text:\n{prompt.reference}\n\n" if prompt.reference and which == "base" else ""
+        run.report.say(f"\n{reference}Sample of the {which} model for {prompt.text!r}:\n{text}\n")
 
 
-def _default_prompts(run: Run, *, say: bool) -> list[str]:
-    """The beginning of a held-out text, or its prompt. If the model's context does not hold it: a part that takes at
+def _default_prompts(run: Run, *, say: bool) -> list[Prompt]:
+    """Questions of held-out conversations, prompts of held-out pairs, or the beginning of a held-out text."""
+    documents = (run.test or run.train).documents
+    if documents[0].messages:
+        return _questions(run, documents, say=say)
+    count = QUESTIONS if documents[0].completion is not None else 1
+    return [prompt for one in documents[:count] if (prompt := _beginning(run, one, say=say))]
+
+
+def _questions(run: Run, documents: Sequence[Document], *, say: bool) -> list[Prompt]:
+    """The first QUESTIONS conversations up to their last trained answer, which is the reference, by the chat template.
+
+    A conversation that fills the model's context is passed over, and one that the template does not render so far.
+    """
+    prompts: list[Prompt] = []
+    for document in documents[:MAX_CONVERSATIONS]:
+        turns = document.messages
+        last = max((n for n, turn in enumerate(turns) if turn.role == "assistant" and turn.trained), default=0)
+        question = next((turn.content for turn in reversed(turns[:last]) if turn.role == "user"), "")
+        if not question or len(prompts) == QUESTIONS:
+            continue
+        try:
+            ids = encode_conversation(turns[:last], run.tokenizer, tools=document.tools, now=document.now)
+        except (DataError, ModelError) as error:
+            if say:
+                run.report.say(f"{document.where} is no sample: {error.message}")
+            continue
+        if 0 < len(ids) < run.model.config.context:
+            prompts.append(Prompt(question, ids, turns[last].content))
+    return prompts
+
+
+def _beginning(run: Run, document: Document, *, say: bool) -> Prompt | None:
+    """The beginning of a text, or the prompt of a pair. If the model's context does not hold it: a part that takes at
     most half of the context, which is reported if `say` is set."""
-    first, context = (run.test or run.train).documents[0], run.model.config.context
-    text = first.prompt or " ".join(first.text.split()[:PROMPT_WORDS])
+    context, words = run.model.config.context, document.text.split()
+    text = document.prompt or " ".join(words[:PROMPT_WORDS])
+    reference = document.completion or " ".join(words[PROMPT_WORDS : PROMPT_WORDS + REFERENCE_WORDS])
     if not text or (count := len(encode_prompt(text, run.tokenizer))) < context:
-        return [text] if text else []
+        return Prompt(text, encode_prompt(text, run.tokenizer), reference) if text else None
     while text and len(encode_prompt(text, run.tokenizer)) > context // 2:
         text = _first_half(text)
     if say:
@@ -56,7 +105,7 @@ def _default_prompts(run: Run, *, say: bool) -> list[str]:
             f"The default prompt of the samples has {count:,} tokens, the model's context is {context:,}: {done}. "
             "--sample-prompt sets another."
         )
-    return [text] if text else []
+    return Prompt(text, encode_prompt(text, run.tokenizer)) if text else None
 
 
 def _first_half(text: str) -> str:

@@ -76,6 +76,7 @@ class RunState:
     best: dict[str, Any] | None = None  # {"step", "loss"} of the adapter in the folder
     best_adapter: Adapter | None = None  # a copy of it on the CPU
     reference_logits: Tensor | None = None  # (T, V) of the model with the adapter in the folder
+    probes: dict[str, Tensor] | None = None  # before training: commands.probes.Measured
     precision: Precision | None = None  # of the matmuls, if they may be in 8 bits
     last: Step | None = None  # the last step of this call
     # (step, score on the held-out text) of the adapter in the folder, if this call measured it.
@@ -167,6 +168,8 @@ def contents_of(run: Run) -> checkpoint.Contents:
         tensors["early_stop"] = state.watch.tensors()
     if state.curve is not None:
         tensors["curve"] = state.curve
+    if state.probes is not None:
+        tensors["probes"] = state.probes
     values = {
         "step": state.done,
         "identity": run.identity,
@@ -290,6 +293,8 @@ def _restore_state(run: Run, saved: checkpoint.Checkpoint) -> None:
     _restore_initial(run, saved)
     state.watch = Watch.read(saved.tensors.get("early_stop", {}))
     state.stopped = _stopped(saved)
+    if {"general", "cloze", "samples"} == (probes := saved.tensors.get("probes", {})).keys():
+        state.probes = probes
     if run.config[RunOptions].keep == "last":
         state.best = None
     if state.best is not None:
