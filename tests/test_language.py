@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ("src", "tests", "benchmarks", "docs")
+FOLDERS = ("src", "tests", "benchmarks", "docs", "tools")
 # The plays are by Shakespeare, and this file lists the words.
 NOT_SEARCHED = ("src/octavo/shakespeare/*", "tests/test_language.py")
 
