@@ -11,6 +11,7 @@ Points = list[tuple[float, float]]
 
 # More points would make the page of a long run slow, and are denser than the pixels of a screen.
 MAX_POINTS = 1500
+LARGE = 600  # pixels of width
 
 
 @dataclass(frozen=True)
@@ -41,18 +42,19 @@ def draw(title: str, series: Sequence[Series], *, width: int, height: int) -> st
         x_share, y_share = (point[0] - x_low) / (x_high - x_low), (point[1] - y_low) / (y_high - y_low)
         return round(left + x_share * (right - left), 1), round(bottom - y_share * (bottom - top), 1)
 
-    # On a narrow screen the card scrolls, so the text does not become too small to read.
-    svg_attributes = f'viewBox="0 0 {width} {height}" style="min-width:{0.62 * width:.0f}px"'
-    parts = [f'<svg {svg_attributes} role="img" aria-label="{escape(title)} by step">']
+    # On a narrow screen a large chart has larger text, and the card of another one scrolls.
+    large = ' class="large"' if width > LARGE else ""
+    svg_attributes = f'{large} viewBox="0 0 {width} {height}" style="min-width:{0.62 * width:.0f}px"'
+    parts = [f'<svg{svg_attributes} role="img" aria-label="{escape(title)} by step">']
     for tick in y_ticks:
         y = to_pixels((x_low, tick))[1]
         parts.append(f'<path class="grid" d="M{left} {y}H{right}"/>')
         parts.append(f'<text x="{left - 8}" y="{y + 4}" text-anchor="end">{_tick(tick, y_ticks)}</text>')
     for tick in x_ticks:
-        if x_low <= tick <= x_high:
+        if x_low <= tick <= x_high and tick == int(tick):  # steps
             x = to_pixels((tick, y_low))[0]
             parts.append(f'<path class="grid" d="M{x} {bottom}v5"/>')
-            parts.append(f'<text x="{x}" y="{bottom + 19}" text-anchor="middle">{_tick(tick, x_ticks)}</text>')
+            parts.append(f'<text x="{x}" y="{bottom + 19}" text-anchor="middle">{tick:,.0f}</text>')
     parts.append(f'<text x="{(left + right) / 2}" y="{height - 4}" text-anchor="middle">step</text>')
     for curve in series:
         parts.append(curve.draw([to_pixels(point) for point in _downsample(curve.points)], f"var(--{curve.color})"))
@@ -79,6 +81,17 @@ def line(points: Points, color: str) -> str:
 def marks(points: Points, color: str) -> str:
     circles = "".join(f'<circle cx="{x}" cy="{y}" r="4" fill="{color}"/>' for x, y in points)
     return line(points, color) + circles
+
+
+def bars(points: Points, color: str) -> str:
+    """Vertical bars; two points in a row are the ends of one."""
+    pairs = zip(points[::2], points[1::2], strict=False)
+    path = "".join(f"M{x} {y}V{other}M{x - 4} {y}h8M{x - 4} {other}h8" for (x, y), (_, other) in pairs)
+    return f'<path class="bars" stroke="{color}" d="{path}"/>'
+
+
+def ring(points: Points, color: str) -> str:
+    return "".join(f'<circle class="ring" cx="{x}" cy="{y}" r="8" stroke="{color}"/>' for x, y in points)
 
 
 def smooth(points: Points) -> Points:

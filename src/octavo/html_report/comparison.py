@@ -29,17 +29,8 @@ STYLE = f"""
 .run {{ display: block; font-weight: 600; }}
 .card > p {{ margin: 0; }}
 .card > p + p {{ margin-top: .6rem; }}
-.caption {{ font-size: .85rem; color: var(--dim); margin: .5rem 0 0; }}
 td {{ vertical-align: top; }}
 th, td {{ overflow-wrap: break-word; }}
-@media (max-width: 30rem) {{ body {{ padding: 1.5rem .8rem 3rem; }} .tight td:first-child {{ min-width: 6.5rem; }}
-  th {{ white-space: normal; }} svg {{ font-size: 17px; }} }}
-@page {{ margin: 1.5cm; }}
-@media print {{ .legend i {{ print-color-adjust: exact; }} body {{ max-width: none; padding: 0; font-size: 11pt; }}
-  .card {{ overflow: visible; }} tr, p, .card:has(svg), .pair .card {{ break-inside: avoid; }}
-  h2 {{ break-after: avoid; }}
-  svg {{ min-width: 0 !important; }} table {{ font-size: 8pt; }} th {{ white-space: normal; }}
-  th, td {{ overflow-wrap: anywhere; padding-right: .5rem; }} }}
 """
 
 

@@ -11,9 +11,10 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 STYLE = """
 :root { color-scheme: light dark; --page: #fbfaf7; --ink: #23272e; --dim: #6a7079; --line: #e0ddd5;
-  --card: #ffffff; --train: #2f6f9f; --held: #c2571a; }
+  --card: #ffffff; --train: #2f6f9f; --held: #c2571a; --good: #2e7d4f; --bad: #b3264a; }
 @media (prefers-color-scheme: dark) { :root { --page: #15171b; --ink: #e3e5e9; --dim: #969ca6;
-  --line: #30343b; --card: #1c1f24; --train: #6cb2e6; --held: #f0a35e; } }
+  --line: #30343b; --card: #1c1f24; --train: #6cb2e6; --held: #f0a35e;
+  --good: #74c795; --bad: #f0839f; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 62rem; padding: 2.5rem 1.25rem 4rem; background: var(--page);
   color: var(--ink); font: 16px/1.55 system-ui, sans-serif; overflow-wrap: anywhere; }
@@ -36,7 +37,8 @@ svg text { fill: var(--dim); }
 .tight { padding: .3rem 1.1rem; }
 .tight td:first-child { min-width: 9rem; }
 .facts td:first-child { color: var(--dim); white-space: nowrap; width: 1%; padding-right: 2rem; }
-table { border-collapse: collapse; width: 100%; font-size: .92rem; font-variant-numeric: tabular-nums; }
+table { border-collapse: collapse; width: 100%; overflow-wrap: break-word; font-size: .92rem;
+  font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: .45rem .9rem .45rem 0; border-bottom: 1px solid var(--line); }
 th { font-weight: 600; color: var(--dim); white-space: nowrap; }
 th.number, td.number { text-align: right; white-space: nowrap; padding-right: 0; padding-left: .9rem; }
@@ -45,7 +47,31 @@ tr.total td { font-weight: 600; border-top: 2px solid var(--line); }
 pre { margin: 0; white-space: pre-wrap; font: .85rem/1.5 ui-monospace, monospace; }
 .prompt { color: var(--dim); }
 details { margin-top: 1rem; } summary { cursor: pointer; color: var(--dim); margin-bottom: .6rem; }
-ul { margin: 0; padding-left: 1.1rem; }
+ul { margin: 0; padding-left: 1.1rem; } li + li { margin-top: .3rem; }
+.bars { fill: none; stroke-width: 1.5; } .ring { fill: none; stroke-width: 2; }
+.caption { font-size: .85rem; color: var(--dim); margin: .5rem 0 0; }
+.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(13rem, 100%), 1fr)); gap: .8rem;
+  margin-top: 1.4rem; }
+.figure { background: var(--card); border: 1px solid var(--line); border-top: 3px solid var(--line);
+  border-radius: 10px; padding: .8rem 1rem; }
+.figure span { display: block; font-size: .82rem; color: var(--dim); }
+.figure b { display: block; font-size: 1.3rem; line-height: 1.35; font-variant-numeric: tabular-nums; }
+.figure.better { border-top-color: var(--good); } .figure.worse { border-top-color: var(--bad); }
+article + article { margin-top: 1.6rem; } article > p { margin: 0 0 .5rem; white-space: pre-wrap; }
+section > h3 { margin: 1.4rem 0 .6rem; } section > .card + .card { margin-top: 1rem; }
+.folded > summary { font-size: 1.15rem; font-weight: 600; color: var(--ink); }
+@media (max-width: 30rem) { body { padding: 1.5rem .8rem 3rem; } .tight td:first-child { min-width: 5.5rem; }
+  table { font-size: .8rem; } th, td { padding-right: .5rem; } th { white-space: normal; }
+  th.number { white-space: normal; } th.number, td.number { padding-left: .5rem; } .tight { padding: .3rem .7rem; }
+  .figures { grid-template-columns: 1fr 1fr; gap: .6rem; } .figure { padding: .6rem .7rem; }
+  .figure b { font-size: 1.05rem; } svg { overflow: visible; }
+  svg.large { min-width: 0 !important; font-size: 28px; } }
+@page { margin: 1.5cm; }
+@media print { .legend i, .figure { print-color-adjust: exact; } body { max-width: none; padding: 0; font-size: 11pt; }
+  .card { overflow: visible; } tr, p, .card:has(svg), .pair .card, .figure { break-inside: avoid; }
+  h2 { break-after: avoid; } svg { min-width: 0 !important; } table { font-size: 8pt; } th { white-space: normal; }
+  th, td { overflow-wrap: anywhere; padding-right: .5rem; }
+  details::details-content { content-visibility: visible; block-size: auto; } }
 """
 
 
@@ -64,6 +90,11 @@ def page(title: str, parts: Iterable[str], *, style: str = "") -> str:
 def section(title: str, body: str) -> str:
     """A section with a heading; "" without a body, which is HTML."""
     return f"<section>\n<h2>{text(title)}</h2>\n{body}\n</section>" if body else ""
+
+
+def folded(title: str, body: str) -> str:
+    """A section that is closed until its heading is chosen; "" without a body."""
+    return f'<details class="folded">\n<summary>{text(title)}</summary>\n{body}\n</details>' if body else ""
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, text_columns: int, total: bool = False) -> str:

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 from tests.conftest import Octavo
+from tests.html_report.test_html_report import MALICIOUS, Reader
 from tests.run_folders import PROMPT, bits, write_run
-from tests.test_html_report import MALICIOUS, Reader
 
 import octavo as api
 from octavo.commands.compare.read import read_runs

@@ -15,10 +15,12 @@ from hypothesis import strategies as st
 from octavo import html_report
 from octavo.errors import DataError, UsageError
 from octavo.html_report import chart
+from octavo.html_report.paths import without_folders
 from octavo.reporting import Report
 from octavo.runs import events
+from octavo.runs.packed_numbers import pack_counts, pack_floats
 
-MALICIOUS = "</pre><script>alert('1')</script>\"'><img src=//x.test/a onerror=alert(2)>&lt;\x00"
+MALICIOUS = "</pre><script>alert('1')</script>\"'><img src=x onerror=alert(2)>&lt;\x00"
 VOID = {"meta", "circle", "path"}
 
 
@@ -90,26 +92,135 @@ def test_a_complete_run_has_every_section(tmp_path: Path) -> None:
     written = html_report.write(run_folder(tmp_path / "run"))
     assert written == tmp_path / "run" / "report.html"
     html = written.read_text("utf-8")
-    titles = re.findall("<h2>(.*?)</h2>", html)
-    assert titles == [
-        "Training",
-        "Held-out perplexity",
-        "Samples",
-        "Token ledger",
-        "Warnings",
-        "Settings",
-        "Hardware",
+    assert titles_of(html) == [
+        "Training", "Held-out text", "Samples", "Go on", "Warnings", "Token ledger", "Settings", "Hardware",
         "Versions",
-    ]
+    ]  # fmt: skip
     assert html.count("<svg") == 4
     assert not (tmp_path / "run" / "report.html.aside").exists()
 
 
+def without_commands(text: str) -> str:
+    return "\n".join(line for line in text.splitlines() if not line.startswith("octavo "))
+
+
+def titles_of(html: str) -> list[str]:
+    """The headings of the sections, those of folded ones too."""
+    return re.findall(r'(?:<h2>|<details class="folded">\n<summary>)(.*?)</', html)
+
+
 def test_summary(tmp_path: Path) -> None:
-    text = parse_report(run_folder(tmp_path / "run")).text
-    assert "30 steps, training loss 3.0" in text
-    assert "perplexity 60.00 (tuned plain), 25.0 % under base plain" in text
-    assert "\N{MINUS SIGN}25.0 %" in text
+    found = events.read(run_folder(tmp_path / "run") / "metrics.jsonl")
+    text = html_report.summary(found)
+    assert text.startswith("30 steps, training loss 3.0")
+    assert text.endswith("perplexity 60.00 (tuned plain), 25.0 % under base plain")
+
+
+def test_the_head_has_model_device_date_and_the_figures(tmp_path: Path) -> None:
+    page = parse_report(run_folder(tmp_path / "run"))
+    head = page.text[: page.text.index("Loss in nats")]
+    assert "plain \N{MIDDLE DOT} int8 base \N{MIDDLE DOT} plain, float32 \N{MIDDLE DOT} 20" in head
+    assert "Held-out perplexity80.00 \N{RIGHTWARDS ARROW} 60.00\N{MINUS SIGN}25.0 %, base plain" in head
+    assert "Trained15,360 tokens30 steps" in head
+    assert f"Time of the steps{30 * 512 / 800.5:.0f} s800 tokens/s" in head.replace("801", "800")
+
+
+@pytest.mark.parametrize(
+    ("difference", "low", "high", "css_class"),
+    [(0.288, 0.25, 0.31, "better"), (-0.288, -0.31, -0.25, "worse"), (0.01, -0.02, 0.04, "unclear")],
+)
+def test_the_gain_is_marked_by_its_interval(
+    tmp_path: Path, difference: float, low: float, high: float, css_class: str
+) -> None:
+    folder = run_folder(tmp_path / "run")
+    with Report(console=False, metrics=folder / "metrics.jsonl", append=True) as report:
+        rows = (
+            events.ScoreRow("base", "int8", None, 80.0, 1.5, 5000, loss=4.382),
+            events.ScoreRow("tuned", "int8", None, 60.0, 1.4, 5000, loss=4.094),
+        )
+        bounds = events.Interval(low, high, 20, "documents")
+        gain = events.Difference("base", "int8", "tuned", "int8", difference, bounds)
+        events.Evaluation(30, rows, (gain,)).write(report)
+    assert ("class", f"figure {css_class}") in parse_report(folder).attributes
+
+
+def test_no_absolute_path_is_on_the_page(tmp_path: Path) -> None:
+    """Of the settings, the ledger, warnings and files; the texts of samples are as they were generated."""
+    folder, private = run_folder(tmp_path / "run"), "/home/anna/private"
+    (folder / "config.yaml").write_text(f"model: {private}/model\ndata:\n- {private}/texts\n")
+    (folder / "ledger.json").write_text(json.dumps({"train": ledger(f"{private}/texts/a.txt", "b.txt")}))
+    with Report(console=False, metrics=folder / "metrics.jsonl", append=True) as report:
+        report.warn(f"{private}/texts/b.bin is not read.")
+        rows = (events.ScoreRow("base", perplexity=80.0), events.ScoreRow("tuned", adapter=private, perplexity=60.0))
+        files = tuple(events.FileDifference(f"{private}/{name}.txt", 100, 0.1) for name in "cd")
+        events.Evaluation(30, rows, (), files).write(report)
+    html = html_report.write(folder).read_text("utf-8")
+    assert "anna" not in html
+    assert str(tmp_path) not in html
+    assert {"../model", "../texts", "../a.txt", "../b.bin", "../c.txt"} <= {*re.findall(r"\.\./[\w.]+", html)}
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("/home/me/texts/a.txt", "../a.txt"),
+        ("data:\n- '/srv/x/y'", "data:\n- '../y'"),
+        (r"in C:\Users\me\a.txt, line 3", "in ../a.txt, line 3"),
+        ("~/texts/a.txt", "../a.txt"),
+        ("runs/mine/adapter", "runs/mine/adapter"),
+        ("https://example.org/a/b", "https://example.org/a/b"),
+        ("km/h and 1/2/3 or a /flag", "km/h and 1/2/3 or a /flag"),
+    ],
+)
+def test_absolute_paths_are_shortened_to_their_last_name(text: str, shown: str) -> None:
+    assert without_folders(text) == shown
+
+
+def test_the_commands_of_an_unfinished_run_resume_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run_folder(Path("runs-mine"))
+    finished = parse_report(Path("runs-mine")).text
+    assert "octavo generate --model plain --adapter runs-mine --prompt" in finished
+    assert "--resume" not in finished
+    lines = Path("runs-mine/metrics.jsonl").read_bytes().splitlines(keepends=True)
+    Path("runs-mine/metrics.jsonl").write_bytes(b"".join(line for line in lines if b'"evaluation"' not in line))
+    unfinished = parse_report(Path("runs-mine")).text
+    assert "octavo finetune --resume --out runs-mine" in unfinished
+    assert "octavo generate" not in unfinished
+
+
+def test_the_curve_begins_before_training_and_its_lowest_point_is_marked(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    bounds = events.Interval(0.1, 0.3, 20, "documents")
+    with Report(console=False, metrics=folder / "metrics.jsonl") as report:
+        nats, tokens = pack_floats([30.0, 50.0]), pack_counts([10, 10])
+        events.HeldOutLosses(0, "quantized", "documents", nats, tokens).write(report)
+        for step, loss in ((1, 3.5), (2, 3.2), (3, 3.4)):
+            events.Step(step, 3.0).write(report)
+            events.HeldOut(step, loss, fall=bounds).write(report)
+    html = html_report.write(folder).read_text("utf-8")
+    marks = re.findall(r'<circle cx="([^"]+)" cy="([^"]+)"', html)
+    assert len(marks) == 4
+    assert float(marks[0][0]) == 58.0  # step 0 is the left end
+    [(x, y)] = re.findall(r'<circle class="ring" cx="([^"]+)" cy="([^"]+)"', html)
+    assert (x, y) == marks[2]
+    [bars] = re.findall('<path class="bars"[^>]* d="([^"]+)"', html)
+    assert bars.count("V") == 3
+    assert "lowest held out: step 2" in html
+
+
+def test_the_differences_by_file_are_shown_the_smaller_files_folded(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path / "run")
+    files = tuple(events.FileDifference(f"{n}.txt", 100 + n, 0.1 * n) for n in range(15))
+    with Report(console=False, metrics=folder / "metrics.jsonl", append=True) as report:
+        rows = (events.ScoreRow("base", perplexity=80.0), events.ScoreRow("tuned", perplexity=60.0))
+        events.Evaluation(30, rows, (), files).write(report)
+    html = html_report.write(folder).read_text("utf-8")
+    by_file = html[html.index("By file") :]
+    assert (
+        by_file.index("14.txt") < by_file.index(">3.txt") < by_file.index("3 smaller files") < by_file.index(">2.txt")
+    )
 
 
 def test_the_interval_of_the_loss_and_of_its_difference_are_shown(tmp_path: Path) -> None:
@@ -133,7 +244,8 @@ def test_text_is_escaped(tmp_path: Path) -> None:
     assert malicious.tags == harmless.tags
     assert {name for name, _ in malicious.attributes} == {name for name, _ in harmless.attributes}
     shown = MALICIOUS.replace("\x00", "\N{REPLACEMENT CHARACTER}")
-    assert malicious.text.count(shown) == harmless.text.count("plain")
+    # A shell's quotes change it in the commands.
+    assert without_commands(malicious.text).count(shown) == without_commands(harmless.text).count("plain") > 10
 
 
 def test_repeated_bos_tokens_are_a_column_of_the_ledger_if_there_are_any(tmp_path: Path) -> None:
@@ -173,11 +285,12 @@ def test_the_page_loads_no_resources(tmp_path: Path) -> None:
 )
 def test_a_missing_file_omits_its_section_only(tmp_path: Path, missing: str, title: str) -> None:
     folder = run_folder(tmp_path / "run")
-    all_titles = re.findall("<h2>(.*?)</h2>", html_report.write(folder).read_text("utf-8"))
+    all_titles = titles_of(html_report.write(folder).read_text("utf-8"))
     (folder / missing).unlink()
-    titles = re.findall("<h2>(.*?)</h2>", html_report.write(folder).read_text("utf-8"))
-    from_metrics = {"Training", "Held-out perplexity", "Samples", "Warnings", "Hardware", "Versions"}
+    titles = titles_of(html_report.write(folder).read_text("utf-8"))
+    from_metrics = {"Verdict", "Training", "Held-out text", "Samples", "Warnings", "Hardware", "Versions"}
     omitted = from_metrics if missing == "metrics.jsonl" else {title}
+    omitted |= {"Go on"} if missing == "config.yaml" else set()
     assert titles == [name for name in all_titles if name not in omitted]
 
 
@@ -192,7 +305,7 @@ def test_a_run_killed_during_a_write_has_a_page(tmp_path: Path) -> None:
     html = html_report.write(folder).read_text("utf-8")
     assert "8 steps" in html
     assert "not evaluated yet" in html
-    assert "Held-out perplexity" not in html
+    assert "Held-out text" not in html
 
 
 def test_values_that_are_not_finite_are_not_drawn(tmp_path: Path) -> None:
@@ -208,7 +321,7 @@ def test_values_that_are_not_finite_are_not_drawn(tmp_path: Path) -> None:
 def test_each_sample_shows_its_prompt_once(tmp_path: Path) -> None:
     folder = run_folder(tmp_path / "run")
     html = html_report.write(folder).read_text("utf-8")
-    assert html.count("PROMPT plain") == 3
+    assert html.count("PROMPT plain") == 1
     assert html.index("first plain") < html.index(" last</pre>") < html.index("midway plain")
 
 

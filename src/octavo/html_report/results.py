@@ -1,0 +1,102 @@
+"""The results in a report: the verdict, the perplexity table, the differences by file, the overlap."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from octavo.html_report.elements import section, table, text
+from octavo.html_report.header import MINUS, finite, percent, rows_of
+from octavo.html_report.paths import without_folders
+from octavo.reporting import shown
+from octavo.runs.events import Difference, Evaluation, Event, FileDifference, Overlap, last
+from octavo.runs.verdict import Verdict
+
+FILES_SHOWN = 12  # rows of the table by file; the others are folded
+
+
+def verdict_section(verdict: Verdict) -> str:
+    """The sentences of the verdict."""
+    items = "".join(f"<li>{text(without_folders(sentence))}</li>" for sentence in verdict.sentences)
+    return section("Verdict", f'<div class="card"><ul>{items}</ul></div>' if items else "")
+
+
+def perplexities(events: Sequence[Event]) -> str:
+    """The perplexity table with what belongs to it; "" before the run's end."""
+    rows = rows_of(events)
+    if not rows:
+        return ""
+    base = finite(rows[0].perplexity)
+    cells: list[list[object]] = []
+    for row in rows:
+        perplexity = finite(row.perplexity)
+        change = percent(perplexity, base) if perplexity and base and row is not rows[0] else ""
+        bounds = f"{shown(row.interval.low)} to {shown(row.interval.high)}" if row.interval else ""
+        values = [row.name, row.scheme, row.perplexity, row.bits_per_byte, row.loss]
+        cells.append([*("" if value is None else value for value in values), bounds, change])
+    columns = "model", "scheme", "perplexity", "bits per byte", "loss", "95 % interval", "perplexity changed"
+    parts = table(columns, cells, text_columns=2) + _measured_on(events) + _differences(events) + _overlap(events)
+    return section("Held-out text", parts + _files(events))
+
+
+def _measured_on(events: Sequence[Event]) -> str:
+    row = rows_of(events)[-1]
+    tokens = f"On {row.tokens:,} tokens" if row.tokens is not None else ""
+    context = f", each predicted from up to {row.context:,} tokens before it" if tokens and row.context else ""
+    stride = f", by a window that moves {row.stride:,} tokens" if context and row.stride else ""
+    return f'<p class="caption">{text(tokens + context + stride)}. Loss in nats per token.</p>' if tokens else ""
+
+
+def _differences(events: Sequence[Event]) -> str:
+    """How much lower the loss of the tuned model is."""
+    evaluation = last(events, Evaluation)
+    sentences = [_difference(one) for one in (evaluation.differences if evaluation else ())]
+    found = "; ".join(sentence for sentence in sentences if sentence)
+    return f'<p class="caption">{text(found)}.</p>' if found else ""
+
+
+def _difference(one: Difference) -> str:
+    if one.lower_by is None or one.interval is None:
+        return ""
+    return (
+        f"loss of {one.before} {MINUS} loss of {one.after}: {shown(one.lower_by)} nats per token (95 % interval "
+        f"{shown(one.interval.low)} to {shown(one.interval.high)}, over {one.interval.units:,} {one.interval.over})"
+    )
+
+
+def _overlap(events: Sequence[Event]) -> str:
+    """How much of the held-out text the training text contains."""
+    overlap = last(events, Overlap)
+    if overlap is None:
+        return ""
+    sentences = [
+        f"{100 * overlap.share:.1f} % of the held-out text is also in the training text, in runs of {overlap.ngram} "
+        "tokens"
+    ]
+    for count, label in ((overlap.removed_documents, "removed from training"), (overlap.near_copies, "near copies")):
+        if count:
+            sentences.append(f"{label}: {count:,} {'document' if count == 1 else 'documents'}")
+    return f'<p class="caption">{text("; ".join(sentences))}.</p>'
+
+
+def _files(events: Sequence[Event]) -> str:
+    """The differences by file, the largest files first; "" for a single file."""
+    evaluation = last(events, Evaluation)
+    files = (
+        sorted((one for one in evaluation.files if finite(one.lower_by) is not None), key=lambda one: -one.tokens)
+        if evaluation
+        else []
+    )
+    if len(files) < 2:
+        return ""
+    columns = "held-out file", "tokens", "loss lower by", "95 % interval"
+    first, rest = files[:FILES_SHOWN], files[FILES_SHOWN:]
+    parts = "<h3>By file</h3>" + table(columns, map(_file, first), text_columns=1)
+    if rest:
+        more = table(columns, map(_file, rest), text_columns=1)
+        parts += f"<details><summary>{text(f'{len(rest):,} smaller files')}</summary>{more}</details>"
+    return parts
+
+
+def _file(one: FileDifference) -> list[object]:
+    bounds = f"{shown(one.interval.low)} to {shown(one.interval.high)}" if one.interval else ""
+    return [without_folders(one.source), one.tokens, one.lower_by, bounds]
