@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from octavo.commands.tune.halving import Cell
 from octavo.commands.tune.outcome import Outcome, outcome_of
 from octavo.commands.tune.record import Record, Round, ShortRun, read
+from octavo.commands.tune.rounds import Cell
 from octavo.errors import CheckpointError
 from octavo.intervals import DOCUMENTS, Units, difference
 

@@ -1,8 +1,8 @@
 """`octavo tune`: chooses the learning rate and the LoRA rank by short runs within a stated time.
 
-The model is loaded once. Rounds of successive halving (halving.py) try the cells of the grid; held-out text is split in
-two, so that the text that chooses is not the text that the differences are measured on. A file in --out has each
-finished trial, so that an interrupted search goes on with --resume.
+The model is loaded once. Rounds of trials (rounds.py) choose the learning rate and then the rank. Held-out text is
+split in two, so that the text that chooses is not the text that the differences are measured on. A file in --out has
+each finished trial, so that an interrupted search goes on with --resume.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from time import monotonic
 from typing import Any
 
 from octavo.atomic import atomic_write
-from octavo.commands.tune.halving import Cell
 from octavo.commands.tune.outcome import Outcome, loss_of, outcome_of
 from octavo.commands.tune.record import Record
+from octavo.commands.tune.rounds import Cell
 from octavo.commands.tune.search import DEFAULT, TRIALS_FILE, prepared_search, run_config, searched
 from octavo.commands.tune.trial import Clock
 from octavo.config import Config, RunOptions, TrainingData, TuneOptions

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import NormalDist
 from typing import Any
 
-from octavo.commands.tune.halving import Cell
 from octavo.commands.tune.record import Record, ShortRun, with_nats
+from octavo.commands.tune.rounds import Cell
 from octavo.intervals import CONFIDENCE, Units, difference
 from octavo.runs.events import Interval
 
@@ -86,12 +86,15 @@ def outcome_of(record: Record, choosing: Units, verdict: Units, *, default: Cell
     The units are those of both halves of the text, whose losses are replaced by the recorded ones.
     """
     for one in reversed(record.rounds):
-        tried = {cell: trial for cell, trial in record.of_round(one.number).items() if loss_of(trial, choosing)}
+        equal = [trial for trial in record.trials if trial.round <= one.number and trial.steps == one.steps]
+        tried = {trial.cell: trial for trial in equal if loss_of(trial, choosing)}
         if (default in tried and len(tried) > 1) or (one.number == 1 and tried):
             break
     else:
         return None
     ordered = sorted(tried, key=lambda cell: loss_of(tried[cell], choosing) or math.inf)
+    if one.steps < record.identity.get("steps", one.steps):
+        ordered = _lower_rate_first(ordered, tried, choosing)
     choice, second = ordered[0], next((cell for cell in ordered[1:] if cell != default), None)
     judged = all(trial.verdict is not None for trial in tried.values())
     units = verdict if judged else choosing
@@ -113,6 +116,20 @@ def outcome_of(record: Record, choosing: Units, verdict: Units, *, default: Cell
         against(str(second), nats(tried[second])) if second is not None else None,
         complete,
     )  # fmt: skip
+
+
+def _lower_rate_first(ordered: list[Cell], tried: Mapping[Cell, ShortRun], choosing: Units) -> list[Cell]:
+    """The cells, best first. A lower learning rate of the same rank is first if the text cannot tell it from the best:
+    trials are shorter than a whole run, and the best rate of longer runs is lower."""
+    best = ordered[0]
+    for cell in sorted((cell for cell in ordered if cell.rank == best.rank and cell.lr < best.lr), reverse=True):
+        nats, best_nats = tried[cell].nats, tried[best].nats
+        assert nats is not None
+        assert best_nats is not None
+        bounds = difference(with_nats(choosing, nats), with_nats(choosing, best_nats))
+        if bounds is not None and bounds.low <= 0:
+            return [cell, *(other for other in ordered if other != cell)]
+    return ordered
 
 
 def loss_of(trial: ShortRun, choosing: Units) -> float | None:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from octavo.bounded_json import JsonError, parse
-from octavo.commands.tune.halving import Cell
+from octavo.commands.tune.rounds import Cell
 from octavo.errors import CheckpointError
 from octavo.intervals import Units
 from octavo.metrics_file import MetricsFile

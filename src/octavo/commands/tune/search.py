@@ -12,18 +12,17 @@ from octavo.commands.finetune.dry_run import dry_run
 from octavo.commands.finetune.precision import choose_precision
 from octavo.commands.finetune.prepare import prepare
 from octavo.commands.finetune.state import Run
-from octavo.commands.tune.halving import (
-    FINALISTS,
-    Cell,
-    Costs,
-    affordable,
-    promoted,
-    round_sizes,
-    steps_of_round,
-    trials,
-)
 from octavo.commands.tune.outcome import loss_of
 from octavo.commands.tune.record import Record, Round, ShortRun, read
+from octavo.commands.tune.rounds import (
+    Cell,
+    Costs,
+    finalists,
+    learning_rates,
+    other_ranks,
+    steps_of_first_rounds,
+    steps_of_last_round,
+)
 from octavo.commands.tune.trial import Clock, Halves, OutOfTimeError, halves, losses, prepared, trained, with_cell
 from octavo.config import Config, LoraOptions, TrainOptions, TuneOptions
 from octavo.config.commands import FINETUNE
@@ -33,6 +32,7 @@ from octavo.reporting import Report, duration
 
 TRIALS_FILE = "trials.jsonl"
 DEFAULT = Cell(TrainOptions().lr, LoraOptions().rank)
+FINALS = 3  # trials of the last round
 TIMED_STEPS = 3  # of which the fastest is the time of a step: the first ones compile kernels and fill caches
 
 
@@ -140,7 +140,7 @@ def _current_round(search: Search, cells: Sequence[Cell], choosing: Units) -> Ro
         done = record.of_round(newest.number)
         if newest.last or len(done) < len(newest.cells):
             return newest
-        one = _next_round(search, newest, {cell: loss_of(trial, choosing) for cell, trial in done.items()})
+        one = _next_round(search, cells, choosing)
     if one is not None:
         steps, count = f"{one.steps:,} step{'s' * (one.steps != 1)}", len(one.cells)
         search.report.say(f"Round {one.number}: {count} cells, {steps} each; {_left(search)} left.")
@@ -149,52 +149,48 @@ def _current_round(search: Search, cells: Sequence[Cell], choosing: Units) -> Ro
 
 
 def _first_round(search: Search, cells: Sequence[Cell]) -> Round:
-    """All cells, or fewer ranks if the time is short. UsageError if it is too short even for that."""
+    """The whole grid if there is time for it, else the learning rates. UsageError if there is no time for those."""
     assert search.record.costs is not None
-    costs, left = Costs(**search.record.costs), search.clock.left
-    chosen = affordable(cells, left, costs, most=search.most, default=DEFAULT)
-    if not chosen:
+    costs, left, most = Costs(**search.record.costs), search.clock.left, search.most
+    everyone = list(dict.fromkeys([DEFAULT, *cells]))
+    whole = Costs(costs.step, costs.evaluation + costs.verdict, 0.0)
+    if steps_of_first_rounds(left, len(everyone), 0, whole, most=most) == most:
+        return Round(1, most, tuple(everyone), last=True)
+    first = learning_rates(cells, DEFAULT)
+    ranks = len({cell.rank for cell in cells}) - 1
+    if steps := steps_of_first_rounds(left, len(first) + ranks, FINALS, costs, most=most):
+        return Round(1, steps, tuple(first), last=False)
+    steps = steps_of_first_rounds(left, len(first), FINALS, costs, most=most)
+    if not steps:
         raise UsageError(
             f"{duration(max(0.0, left))} are too short for this grid: a step takes {costs.step:.2g} s, an evaluation "
             f"{costs.evaluation:.2g} s.",
             hint="Raise --minutes and add --resume, or choose another --out with fewer --lr, a shorter --seq-len or "
             "less held-out text (--test-fraction).",
         )
-    if len(chosen) < len(cells):
-        ranks = ", ".join(str(rank) for rank in sorted({cell.rank for cell in chosen}))
-        search.report.warn(f"The time is too short for all ranks: {ranks} of them are tried.")
-    everyone = chosen if DEFAULT in chosen else [DEFAULT, *chosen]
-    # With enough time every cell is trained to the end at once, as a full grid.
-    whole = Costs(costs.step, costs.evaluation + costs.verdict, 0.0)
-    if steps_of_round(left, [len(everyone)], whole, most=search.most) == search.most:
-        return Round(1, search.most, tuple(everyone), last=True)
-    steps = steps_of_round(left, trials(chosen, default=DEFAULT), costs, most=search.most)
-    last = len(round_sizes(len(chosen))) == 1
-    return Round(1, steps, tuple(everyone), last=last)
+    search.report.warn(f"The time is too short for other ranks than {first[-1].rank}: they are not tried.")
+    return Round(1, steps, tuple(first), last=False)
 
 
-def _next_round(search: Search, newest: Round, found: dict[Cell, float | None]) -> Round | None:
+def _next_round(search: Search, cells: Sequence[Cell], choosing: Units) -> Round | None:
+    """After the learning rates the ranks, if there is time for them and for the last round, which comes after them."""
     assert search.record.costs is not None
-    costs = Costs(**search.record.costs)
-    timed = [trial for trial in search.record.trials if trial.nats is not None]
+    record, newest = search.record, search.record.rounds[-1]
+    costs = Costs(**record.costs or {})
+    timed = [trial for trial in record.trials if trial.nats is not None]
     if timed:  # the mean of real trials, in place of the fastest of a few steps
         step = sum(one.seconds for one in timed) / sum(one.steps for one in timed)
         costs = Costs(step, costs.evaluation, costs.verdict)
-    lasting = {cell: float("nan") if loss is None else loss for cell, loss in found.items()}
-    sizes = round_sizes(sum(cell != DEFAULT for cell in newest.cells))[1:] or [FINALISTS]
-    if (steps := _steps(search, sizes, costs)) <= newest.steps:  # short of time: the last round at once
-        sizes = [FINALISTS]
-        steps = _steps(search, sizes, costs)
-    if steps <= 0:
-        return None
-    cells = promoted(lasting, sizes[0], default=DEFAULT)
-    ordered = list(dict.fromkeys([cells[0], DEFAULT, *cells]))  # if the time ends early, these two can be compared
-    return Round(newest.number + 1, steps, tuple(ordered), last=sizes[0] == FINALISTS)
-
-
-def _steps(search: Search, sizes: Sequence[int], costs: Costs) -> int:
-    """Steps of each trial of the next round, with the default settings as one more cell of each."""
-    return steps_of_round(search.clock.left, [size + 1 for size in sizes], costs, most=search.most)
+    losses = {one.cell: loss for one in record.trials if (loss := loss_of(one, choosing)) is not None}
+    ranks = other_ranks(cells, losses)
+    if newest.number == 1 and ranks:
+        needed = len(ranks) * costs.trial(newest.steps) + FINALS * costs.trial(newest.steps, last=True)
+        if needed <= search.clock.left:
+            return Round(2, newest.steps, tuple(ranks), last=False)
+        search.report.warn("The time is too short for other ranks: they are not tried.")
+    last = finalists(cells, losses, DEFAULT)
+    steps = steps_of_last_round(search.clock.left, len(last), costs, most=search.most)
+    return Round(newest.number + 1, steps, tuple(last), last=True) if steps else None
 
 
 def _tried(search: Search, one: Round, cell: Cell, title: str, choosing: Units) -> ShortRun:

@@ -14,7 +14,7 @@ from octavo.adapters import Adapter
 from octavo.commands.finetune.prepare import planned_step, trainer_for
 from octavo.commands.finetune.state import Run, RunState
 from octavo.commands.run_plan import adapter_plan
-from octavo.commands.tune.halving import Cell
+from octavo.commands.tune.rounds import Cell
 from octavo.config import Config, LoraOptions, TrainOptions
 from octavo.data.loader import batches
 from octavo.data.packing import IGNORE_INDEX, Row

@@ -1,0 +1,78 @@
+"""Which cells a search tries, and for how many steps."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from octavo.commands.tune.rounds import (
+    FINAL_FACTOR,
+    MIN_STEPS,
+    RESERVE,
+    Cell,
+    Costs,
+    finalists,
+    learning_rates,
+    other_ranks,
+    steps_of_first_rounds,
+    steps_of_last_round,
+)
+
+DEFAULT = Cell(2e-4, 16)
+RATES = (1e-4, 3e-4, 1e-3, 3e-3)
+GRID = [Cell(lr, rank) for lr in RATES for rank in (4, 16, 64)]
+OF_RATES = {Cell(lr, 16): loss for lr, loss in zip(RATES, (3.0, 2.0, 1.0, 1.5), strict=True)}
+
+
+def test_the_first_round_has_each_learning_rate_and_the_default_settings() -> None:
+    assert learning_rates(GRID, DEFAULT) == [DEFAULT, *OF_RATES]
+    assert learning_rates([Cell(2e-4, 16), Cell(1e-3, 16)], DEFAULT) == [DEFAULT, Cell(1e-3, 16)]
+    assert learning_rates([Cell(1e-3, 8), Cell(1e-3, 64)], DEFAULT) == [DEFAULT, Cell(1e-3, 8)]
+
+
+def test_the_second_round_has_the_other_ranks_at_the_best_rate() -> None:
+    assert other_ranks(GRID, OF_RATES) == [Cell(1e-3, 4), Cell(1e-3, 64)]
+    assert other_ranks(GRID, {**OF_RATES, DEFAULT: 0.1}) == [Cell(1e-3, 4), Cell(1e-3, 64)], "2e-4 is not in the grid"
+    assert other_ranks([cell for cell in GRID if cell.rank == 16], OF_RATES) == []
+    assert other_ranks(GRID, dict.fromkeys(OF_RATES, math.nan)) == []
+
+
+def test_the_last_round_has_the_best_cell_and_its_rank_with_the_next_lower_rate() -> None:
+    found = {**OF_RATES, Cell(1e-3, 4): 0.9, Cell(1e-3, 64): 1.2, DEFAULT: 2.5}
+    assert finalists(GRID, found, DEFAULT) == [Cell(1e-3, 4), DEFAULT, Cell(3e-4, 4)]
+    lowest = {**OF_RATES, Cell(1e-4, 16): 0.5, DEFAULT: 2.5}
+    assert finalists(GRID, lowest, DEFAULT) == [Cell(1e-4, 16), DEFAULT, Cell(1e-3, 16)]
+    assert finalists(GRID, {**OF_RATES, DEFAULT: 0.1}, DEFAULT) == [DEFAULT, Cell(1e-4, 16)]
+    assert finalists(GRID, dict.fromkeys(OF_RATES, math.nan), DEFAULT) == [DEFAULT]
+
+
+def test_a_trial_that_diverged_is_the_last() -> None:
+    found = {Cell(1e-3, 16): math.nan, Cell(3e-3, 16): math.inf, Cell(3e-4, 16): 2.0, DEFAULT: 9.0}
+    assert finalists(GRID, found, DEFAULT)[0] == Cell(3e-4, 16)
+
+
+@pytest.mark.parametrize("seconds", [400.0, 1000.0, 3333.0])
+def test_the_rounds_take_the_time_and_no_more(seconds: float) -> None:
+    costs = Costs(step=0.5, evaluation=2.0, verdict=3.0)
+    first = steps_of_first_rounds(seconds, 7, 3, costs, most=10**6)
+    left = seconds - 7 * costs.trial(first)
+    last = steps_of_last_round(left, 3, costs, most=10**6)
+    assert last >= FINAL_FACTOR * first
+    left -= 3 * costs.trial(last, last=True)
+    assert 0 <= left <= RESERVE * seconds + 3 * costs.step
+
+
+def test_a_trial_has_no_more_steps_than_a_whole_run_and_not_too_few() -> None:
+    costs = Costs(1.0, 0.0, 0.0)
+    assert steps_of_first_rounds(1e9, 13, 0, costs, most=70) == 70
+    assert steps_of_first_rounds(13 * MIN_STEPS, 13, 0, costs, most=70) == 0, "the reserve is missing"
+    assert steps_of_first_rounds(13 * (MIN_STEPS + 1), 13, 0, costs, most=70) == MIN_STEPS
+    assert steps_of_first_rounds(13 * 4, 13, 0, costs, most=3) == 3, "a whole run is shorter than the least"
+    assert steps_of_last_round(1e9, 3, costs, most=70) == 70
+    assert steps_of_last_round(3 * MIN_STEPS, 3, costs, most=70) == 0
+
+
+def test_time_that_whole_runs_in_the_last_round_do_not_need_is_for_the_others() -> None:
+    seconds = (7 * 60 + 3 * 70) / (1 - RESERVE)
+    assert steps_of_first_rounds(seconds + 1, 7, 3, Costs(1.0, 0.0, 0.0), most=70) == 60
