@@ -38,25 +38,31 @@ def test_the_second_round_has_the_other_ranks_at_the_best_rate() -> None:
     assert other_ranks(GRID, dict.fromkeys(OF_RATES, math.nan)) == []
 
 
-def test_the_last_round_has_the_best_cell_and_its_rank_with_the_next_lower_rate() -> None:
+@pytest.mark.parametrize(
+    ("share", "rate"), [(1.0, 1e-3), (0.5, 1e-3), (0.26, 3e-4), (0.1, 3e-4), (0.02, 1e-4), (1e-6, 1e-4)]
+)
+def test_the_learning_rate_of_short_trials_is_scaled_to_a_whole_run(share: float, rate: float) -> None:
+    assert finalists(GRID, {**OF_RATES, DEFAULT: 2.5}, DEFAULT, share=share) == [Cell(rate, 16), DEFAULT]
+
+
+def test_a_better_rank_is_a_finalist_at_the_scaled_rate() -> None:
     found = {**OF_RATES, Cell(1e-3, 4): 0.9, Cell(1e-3, 64): 1.2, DEFAULT: 2.5}
-    assert finalists(GRID, found, DEFAULT) == [Cell(1e-3, 4), DEFAULT, Cell(3e-4, 4)]
-    lowest = {**OF_RATES, Cell(1e-4, 16): 0.5, DEFAULT: 2.5}
-    assert finalists(GRID, lowest, DEFAULT) == [Cell(1e-4, 16), DEFAULT, Cell(1e-3, 16)]
-    assert finalists(GRID, {**OF_RATES, DEFAULT: 0.1}, DEFAULT) == [DEFAULT, Cell(1e-4, 16)]
-    assert finalists(GRID, dict.fromkeys(OF_RATES, math.nan), DEFAULT) == [DEFAULT]
+    assert finalists(GRID, found, DEFAULT, share=0.26) == [Cell(3e-4, 16), DEFAULT, Cell(3e-4, 4)]
+    worse = {**found, Cell(1e-3, 4): 1.1}
+    assert finalists(GRID, worse, DEFAULT, share=0.26) == [Cell(3e-4, 16), DEFAULT]
 
 
-def test_a_trial_that_diverged_is_the_last() -> None:
+def test_trials_that_diverged_are_no_finalists() -> None:
     found = {Cell(1e-3, 16): math.nan, Cell(3e-3, 16): math.inf, Cell(3e-4, 16): 2.0, DEFAULT: 9.0}
-    assert finalists(GRID, found, DEFAULT)[0] == Cell(3e-4, 16)
+    assert finalists(GRID, found, DEFAULT, share=1.0) == [Cell(3e-4, 16), DEFAULT]
+    assert finalists(GRID, dict.fromkeys(OF_RATES, math.nan), DEFAULT, share=1.0) == [DEFAULT]
 
 
 @pytest.mark.parametrize("seconds", [400.0, 1000.0, 3333.0])
 def test_the_rounds_take_the_time_and_no_more(seconds: float) -> None:
     costs = Costs(step=0.5, evaluation=2.0, verdict=3.0)
-    first = steps_of_first_rounds(seconds, 7, 3, costs, most=10**6)
-    left = seconds - 7 * costs.trial(first)
+    first = steps_of_first_rounds(seconds, 5, 3, costs, most=10**6)
+    left = seconds - 5 * costs.trial(first)
     last = steps_of_last_round(left, 3, costs, most=10**6)
     assert last >= FINAL_FACTOR * first
     left -= 3 * costs.trial(last, last=True)

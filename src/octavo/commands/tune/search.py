@@ -15,6 +15,7 @@ from octavo.commands.finetune.state import Run
 from octavo.commands.tune.outcome import loss_of
 from octavo.commands.tune.record import Record, Round, ShortRun, read
 from octavo.commands.tune.rounds import (
+    RANKS_SHARE,
     Cell,
     Costs,
     finalists,
@@ -32,8 +33,8 @@ from octavo.reporting import Report, duration
 
 TRIALS_FILE = "trials.jsonl"
 DEFAULT = Cell(TrainOptions().lr, LoraOptions().rank)
-FINALS = 3  # trials of the last round
-TIMED_STEPS = 3  # of which the fastest is the time of a step: the first ones compile kernels and fill caches
+FINALS = 2  # trials of the last round, without that of another rank
+TIMED_STEPS = 6  # of which the fastest is the time of a step: the first ones compile kernels, fill caches, capture
 
 
 @dataclass(frozen=True)
@@ -157,9 +158,6 @@ def _first_round(search: Search, cells: Sequence[Cell]) -> Round:
     if steps_of_first_rounds(left, len(everyone), 0, whole, most=most) == most:
         return Round(1, most, tuple(everyone), last=True)
     first = learning_rates(cells, DEFAULT)
-    ranks = len({cell.rank for cell in cells}) - 1
-    if steps := steps_of_first_rounds(left, len(first) + ranks, FINALS, costs, most=most):
-        return Round(1, steps, tuple(first), last=False)
     steps = steps_of_first_rounds(left, len(first), FINALS, costs, most=most)
     if not steps:
         raise UsageError(
@@ -168,7 +166,15 @@ def _first_round(search: Search, cells: Sequence[Cell]) -> Round:
             hint="Raise --minutes and add --resume, or choose another --out with fewer --lr, a shorter --seq-len or "
             "less held-out text (--test-fraction).",
         )
-    search.report.warn(f"The time is too short for other ranks than {first[-1].rank}: they are not tried.")
+    ranks = len({cell.rank for cell in cells}) - 1
+    with_ranks = ranks and steps_of_first_rounds(left, len(first) + ranks, FINALS + 1, costs, most=most)
+    if with_ranks and with_ranks >= RANKS_SHARE * most:
+        return Round(1, with_ranks, tuple(first), last=False)
+    if ranks:
+        search.report.say(
+            f"Learning rates at rank {first[-1].rank} alone: with this time trials of other ranks would have less than "
+            f"{RANKS_SHARE:.0%} of a whole run's steps."
+        )
     return Round(1, steps, tuple(first), last=False)
 
 
@@ -183,12 +189,12 @@ def _next_round(search: Search, cells: Sequence[Cell], choosing: Units) -> Round
         costs = Costs(step, costs.evaluation, costs.verdict)
     losses = {one.cell: loss for one in record.trials if (loss := loss_of(one, choosing)) is not None}
     ranks = other_ranks(cells, losses)
-    if newest.number == 1 and ranks:
-        needed = len(ranks) * costs.trial(newest.steps) + FINALS * costs.trial(newest.steps, last=True)
+    if newest.number == 1 and ranks and newest.steps >= RANKS_SHARE * search.most:
+        needed = len(ranks) * costs.trial(newest.steps) + (FINALS + 1) * costs.trial(newest.steps, last=True)
         if needed <= search.clock.left:
             return Round(2, newest.steps, tuple(ranks), last=False)
-        search.report.warn("The time is too short for other ranks: they are not tried.")
-    last = finalists(cells, losses, DEFAULT)
+        search.report.say("The time is too short for other ranks: they are not tried.")
+    last = finalists(cells, losses, DEFAULT, share=newest.steps / search.most)
     steps = steps_of_last_round(search.clock.left, len(last), costs, most=search.most)
     return Round(newest.number + 1, steps, tuple(last), last=True) if steps else None
 
