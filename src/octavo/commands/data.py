@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import partial
 from itertools import groupby
@@ -26,6 +26,7 @@ from octavo.data.records import Document
 from octavo.errors import UsageError
 from octavo.failures import cut
 from octavo.reporting import Report
+from octavo.store.hub_datasets import local_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -49,6 +50,7 @@ class Encoded:
     unused: Counter[str]
     removed: dict[str, Counter[str]]
     unread: dict[str, Counter[str]]
+    revisions: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -79,16 +81,22 @@ def check_device(options: ModelOptions, report: Report) -> None:
 
 
 def read_documents(paths: Sequence[str], options: TextOptions, report: Report | None = None) -> Reading:
-    """The documents of `paths`. Reports the size before it reads many megabytes. UsageError without paths."""
+    """The documents of `paths`. Reports the size before it reads many megabytes. UsageError without paths.
+
+    Data sets of the hub are downloaded first.
+    """
     if not paths:
         raise UsageError("No text files are given.", hint="Name files, folders or globs with --data.")
+    local = local_files(paths, report)
     reading = documents.read(
-        paths,
+        local.paths,
         ReadOptions(
             split_on=options.split_on, skip_bad=options.skip_bad, ftfy=options.ftfy, columns=tuple(options.columns)
         ),
         on_begin=partial(_say_size, report=report) if report else None,
+        names=local.names,
     )
+    reading.revisions = local.revisions
     if options.template_date:
         now = datetime.fromisoformat(options.template_date)
         reading.documents = [
@@ -123,7 +131,10 @@ def encode(reading: Reading, options: TextOptions, tokenizer: PreTrainedTokenize
         more = f" and {len(unused) - MAX_SKIPPED:,} more" if len(unused) > MAX_SKIPPED else ""
         report.say(f"Fields of the records that are not used: {named}{more}.")
     _warn_of_lost_bytes(encoded, tokenizer, report)
-    return Encoded(list(reading.documents), encoded, skipped, reading.not_read, unused, reading.removed, reading.unread)
+    return Encoded(
+        list(reading.documents), encoded, skipped, reading.not_read, unused, reading.removed, reading.unread,
+        reading.revisions,
+    )  # fmt: skip
 
 
 def to_rows(
@@ -152,6 +163,7 @@ def to_rows(
         unused=dict(encoded.unused),
         removed={source: dict(counts) for source, counts in encoded.removed.items()},
         unread={source: dict(counts) for source, counts in encoded.unread.items()},
+        revisions=dict(encoded.revisions),
     )
     return Text(rows, ledger, encoded.documents)
 

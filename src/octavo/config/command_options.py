@@ -15,7 +15,7 @@ class EvaluateOptions(Section):
 
     panel = "Evaluation"
 
-    data: Paths = Field([], description="Text to evaluate on: file, folder or glob; may be repeated.")
+    data: Paths = Field([], description="Text to evaluate on: file, folder, glob or hf:owner/name; may be repeated.")
     tasks: Names = Field([], description="Tasks of lm-evaluation-harness, as hellaswag,mmlu_* (needs octavo[eval]).")
     include_path: Path | None = Field(None, description="Folder of your own tasks in YAML; executes their Python code.")
     limit: int | None = Field(None, ge=1, description="Maximum number of documents of a task; default: all.")
@@ -194,5 +194,5 @@ class DataOptions(Section):
 
     panel = "Data"
 
-    data: Paths = Field([], description="Text to inspect: file, folder or glob; may be repeated.")
+    data: Paths = Field([], description="Text to inspect: file, folder, glob or hf:owner/name; may be repeated.")
     samples: int = Field(2, ge=0, description="Number of decoded samples to show.")

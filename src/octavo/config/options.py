@@ -66,8 +66,8 @@ class TrainingData(Section):
 
     panel = "Data"
 
-    data: Paths = Field([], description="Training text: file, folder or glob; may be repeated.")
-    test_data: Paths = Field([], description="Held-out text for evaluation: file, folder or glob; may be repeated.")
+    data: Paths = Field([], description="Training text: file, folder, glob or hf:owner/name; may be repeated.")
+    test_data: Paths = Field([], description="Held-out text: file, folder, glob or hf:owner/name; may be repeated.")
     test_fraction: float = Field(
         0.05,
         ge=0,

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from octavo.bounded_json import shortened
 from octavo.data.archives import ARCHIVES, MAX_DEPTH, Budget, budget_of, is_archive, members, renamed
+from octavo.data.extract.pdf_worker import PdfWorker
 from octavo.data.files import MAX_DOCUMENTS, name_of, suffix
 from octavo.data.finding import FoundFiles, counted, find_files
 from octavo.data.formats import READERS, raw_records
@@ -56,6 +57,7 @@ class Reading:
     # Of each file: kinds of what was left out on purpose, such as page numbers, and of parts that hold no text.
     removed: dict[str, Counter[str]] = field(default_factory=dict)
     unread: dict[str, Counter[str]] = field(default_factory=dict)
+    revisions: Mapping[str, str] = field(default_factory=dict)  # data set of the hub -> its commit
 
 
 def find(paths: Sequence[str]) -> FoundFiles:
@@ -68,11 +70,16 @@ def find(paths: Sequence[str]) -> FoundFiles:
 
 
 def read(
-    paths: Sequence[str], options: ReadOptions | None = None, on_begin: Callable[[int, int], None] | None = None
+    paths: Sequence[str],
+    options: ReadOptions | None = None,
+    on_begin: Callable[[int, int], None] | None = None,
+    *,
+    names: Mapping[Path, str] | None = None,
 ) -> Reading:
     """All documents of all files in order, with counts of what was left out, skipped or not used.
 
-    `on_begin(n_files, n_bytes)` is called once, before the first file is read.
+    `on_begin(n_files, n_bytes)` is called once, before the first file is read. `names` are those of files whose path is
+    not what the user gave, for messages and the ledger.
 
     Raises DataError with file and line for a record that cannot be read and for files without any document, and
     UsageError for a path that matches nothing and for a missing optional package.
@@ -85,9 +92,10 @@ def read(
     reading = Reading(not_read=listing.not_read)
     if on_begin:
         on_begin(len(listing.files), sum(map(_size, listing.files)))
-    state = _State(options, columns, reading)
-    for path in listing.files:
-        _read_file(path, name_of(path), state)
+    with PdfWorker() as pdf:
+        state = _State(options, columns, reading, pdf)
+        for path in listing.files:
+            _read_file(path, (names or {}).get(path) or name_of(path), state)
     if missing := sorted(field for field in columns.values() if not is_field(state.seen_fields, field)):
         raise UsageError(
             f"--columns names {', '.join(map(shortened, missing))}, which no record has.",
@@ -106,6 +114,7 @@ class _State:
     options: ReadOptions
     columns: Mapping[str, str]
     reading: Reading
+    pdf: PdfWorker
     seen_fields: set[str] = field(default_factory=set)
 
 
@@ -157,7 +166,7 @@ def _read_records(path: Path, source: str, state: _State) -> None:
     reading, columns, options = state.reading, state.columns, state.options
     seen_fields = state.seen_fields
     repair = _repair if options.ftfy else None
-    for record in raw_records(path, options.split_on):
+    for record in raw_records(path, options.split_on, pdf=state.pdf):
         if len(reading.documents) + len(reading.skipped) >= MAX_DOCUMENTS:
             message = f"more than {MAX_DOCUMENTS:,} documents."
             raise UsageError(f"{source}: {message}", hint="Use a part of the data, or longer documents.")

@@ -19,7 +19,7 @@ from octavo.data.extract.docx import read_docx
 from octavo.data.extract.epub import read_epub
 from octavo.data.extract.front_matter import MAX_FRONT_MATTER_BYTES, front_matter
 from octavo.data.extract.odt import read_odt
-from octavo.data.extract.pdf import read_pdf
+from octavo.data.extract.pdf_worker import PdfWorker, read_pdf
 from octavo.data.extract.rst import read_rst
 from octavo.data.files import (
     CHUNK_BYTES,
@@ -45,14 +45,17 @@ MAX_GROUP_BYTES = 2**30
 _JSON_LINES = 20  # lines that are parsed; of the other lines only the first and last character are checked
 
 
-def raw_records(path: Path, split_on: str | None = None) -> Iterator[RawRecord]:
+def raw_records(path: Path, split_on: str | None = None, *, pdf: PdfWorker | None = None) -> Iterator[RawRecord]:
     """All records of one file.
 
     A file whose suffix is not in READERS is read as plain text, unless its suffix or first bytes show markup. HTML is
     then read as HTML, and other markup raises DataError with a next step. `split_on` splits plain text into documents:
-    "lines", or a separator. Files of other formats consist of records.
+    "lines", or a separator. Files of other formats consist of records. `pdf` reads PDF files; by default a process
+    for this file alone.
     """
     ending = suffix(path)
+    if ending == ".pdf" and pdf is not None:
+        return iter([pdf.read(path)])
     if ending in READERS:
         return READERS[ending](path, split_on)
     refuse_markup(path, ending)

@@ -70,6 +70,7 @@ class Ledger:
     removed: Mapping[str, Mapping[str, int]] = field(default_factory=dict)  # file -> kind left out on purpose -> number
     unread: Mapping[str, Mapping[str, int]] = field(default_factory=dict)  # file -> kind of part without text -> number
     overlap: Overlap | None = None  # of held-out text
+    revisions: Mapping[str, str] = field(default_factory=dict)  # data set of the hub, hf:owner/name -> its commit
 
     def to_dict(self) -> dict[str, object]:
         """Plain numbers, lists and dicts, for JSON."""

@@ -67,8 +67,7 @@ def column(x: float, texts: list[str], size: float = 10, top: float = 700) -> li
 
 
 def opened(path: str) -> RawRecord:
-    (record,) = pdf.read_pdf(Path(path), None)
-    return record
+    return pdf.extract(Path(path))
 
 
 def words(*texts: str) -> list[str]:
@@ -170,7 +169,7 @@ def test_too_many_pages_and_damaged_files_are_errors(tmp_path: Path, monkeypatch
     path = write(tmp_path / "a.pdf", [[(50, 700, 10, "x")]] * 4)
     monkeypatch.setattr(pdf, "MAX_PAGES", 3)
     with pytest.raises(DataError, match=r"a\.pdf: it has 4 pages, more than 3"):
-        read([path])
+        pdf.extract(Path(path))
     (tmp_path / "b.pdf").write_bytes(b"%PDF-1.4\nnothing")
     reading = read(
         [write(tmp_path / "c.pdf", [[(50, 700, 10, "x")]]), str(tmp_path / "b.pdf")], ReadOptions(skip_bad=True)

@@ -19,6 +19,7 @@ from octavo.reporting import Report
 from octavo.runs import events
 from octavo.runs.folder import RunFolder, held
 from octavo.store.files import sha256_of
+from octavo.store.hub_datasets import cached_file
 
 
 @contextmanager
@@ -74,7 +75,8 @@ def _ledgers(run: Run) -> dict[str, Any]:
         ledgers["test"] = run.test.ledger.to_dict()
     for ledger in ledgers.values():
         for file in ledger["files"]:
-            file["sha256"] = _sha256(file["source"])
+            path = cached_file(file["source"], ledger["revisions"])
+            file["sha256"] = _sha256(str(path) if path else file["source"])
     return ledgers
 
 

@@ -15,7 +15,16 @@ from octavo.commands.finetune.sides import read_sides
 from octavo.commands.finetune.state import Run, RunState, fingerprint_of
 from octavo.commands.loading import chosen_scheme, load_model, opened, with_fitting_rows
 from octavo.commands.run_plan import FittedPlan, adapter_plan, check_run, fit
-from octavo.config import Config, LoraOptions, MemoryOptions, ModelOptions, RunOptions, TextOptions, TrainOptions
+from octavo.config import (
+    Config,
+    LoraOptions,
+    MemoryOptions,
+    ModelOptions,
+    RunOptions,
+    TextOptions,
+    TrainingData,
+    TrainOptions,
+)
 from octavo.data.loader import batches_per_epoch
 from octavo.data.packing import most_documents
 from octavo.data.prompt import writes_date
@@ -23,6 +32,7 @@ from octavo.hardware import Hardware, memory_limit_bytes
 from octavo.layers.lora import flatten_
 from octavo.models import Decoder, parse
 from octavo.reporting import Report
+from octavo.store.hub_datasets import is_dataset, pinned
 from octavo.train.loop import Trainer
 from octavo.train.optim import Adam, LossScaler, OptimizerSettings, Schedule
 from octavo.train.step import PlannedStep
@@ -41,6 +51,7 @@ def prepare(config: Config, report: Report) -> Run:
         # Otherwise the run could not be resumed on another day: its texts would differ.
         config = config.replace(template_date=date.today().isoformat())
     check_prompts(config[RunOptions], tokenizer, parse(source.config).context)
+    config = _with_pinned_data(config, report)
     text, held_out = read_sides(config, tokenizer, report, context=parse(source.config).context)
     check_early_stop(config, held_out.measurable(config[RunOptions].eval_rows) if held_out else [])
     rows = len(text.rows)
@@ -61,6 +72,14 @@ def prepare(config: Config, report: Report) -> Run:
         config, report, hardware, source, scheme, tokenizer, text, held_out, model, plan, trainer, fitting,
         micro_step, base_sha256, RunState(), initial,
     )  # fmt: skip
+
+
+def _with_pinned_data(config: Config, report: Report) -> Config:
+    """The settings with the commits of the hub's data sets, so that a resumed run reads the same data."""
+    data = config[TrainingData]
+    given = {"data": data.data, "test_data": data.test_data}
+    changed = {name: pinned(paths, report) for name, paths in given.items() if any(map(is_dataset, paths))}
+    return config.replace(**changed) if changed else config
 
 
 def planned_step(

@@ -75,7 +75,7 @@ def _sides(config: Config, tokenizer: PreTrainedTokenizerFast, report: Report) -
         return encode(reading, options, tokenizer, report)
 
     def encoded_documents(some: Sequence[Document]) -> Encoded:
-        return encoded(Reading(documents=list(some)))
+        return encoded(Reading(documents=list(some), revisions=training.revisions))
 
     if data.test_data:
         resumed = RunOptions in config.kinds and config[RunOptions].resume  # its settings have every option
@@ -117,7 +117,7 @@ def _tail(encoded: Encoded, fraction: float, tokenizer: PreTrainedTokenizerFast,
     first, rest = holdout.cut(tokens, at, tokenizer)
     report.say(f"Held out: the last {count - at:,} of {count:,} tokens of {document.source}, its only document.")
     ending = replace(document, text=str(tokenizer.decode(tokens.ids[at:-1].tolist())), positions=())
-    test = Encoded([ending], [rest], [], Counter(), Counter(), {}, {})
+    test = Encoded([ending], [rest], [], Counter(), Counter(), {}, {}, encoded.revisions)
     return _Sides(replace(encoded, tokens=[first]), test, None, "the end of the one document")
 
 

@@ -11,6 +11,7 @@ from octavo.commands.finetune.state import Run
 from octavo.config import Config, RunOptions
 from octavo.reporting import Report
 from octavo.runs.folder import RunFolder
+from octavo.store.hub_datasets import is_dataset
 from octavo.tracking import Tracking
 
 Observer = Callable[[Mapping[str, Any]], None]
@@ -44,7 +45,7 @@ def begin(tracking: Tracking, run: Run) -> None:
     for kind in run.config.kinds:
         settings |= run.config[kind].model_dump(mode="json")
     for option in ("data", "test_data"):
-        settings[option] = [PurePath(path).name for path in settings[option]]
+        settings[option] = [path if is_dataset(path) else PurePath(path).name for path in settings[option]]
     settings["out"] = PurePath(settings["out"]).name
     if PurePath(settings["model"]).is_absolute():
         settings["model"] = PurePath(settings["model"]).name

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ MAX_PAGES = 20_000
 _MOST_UNKNOWN = 0.3  # of the characters of a page whose text is of use
 
 
-def read_pdf(path: Path, split_on: str | None) -> Iterator[RawRecord]:
+def extract(path: Path) -> RawRecord:
     """The text of a PDF as one record; its positions are the pages. Needs pypdfium2.
 
     A page without text, such as a scanned one, and a page whose fonts do not say which letters they show are counted
@@ -47,7 +46,7 @@ def read_pdf(path: Path, split_on: str | None) -> Iterator[RawRecord]:
         document.close()
     builder.removed.update(remove_margins(pages))
     add_text(builder, pages, [columns(page.fragments) for page in pages])
-    yield builder.record(len(data))
+    return builder.record(len(data))
 
 
 def _unreadable(reason: str, source: str) -> DataError:
