@@ -17,13 +17,21 @@ from tests import devices
 from transformers import AddedToken, AutoModelForCausalLM, AutoTokenizer
 
 from octavo.commands import evaluate, loading, quantize
-from octavo.config import Config, EvaluateOptions, ModelOptions, QuantizeOptions, TextOptions, WindowOptions
+from octavo.config import (
+    Config,
+    EvaluateOptions,
+    ModelOptions,
+    ProbeOptions,
+    QuantizeOptions,
+    TextOptions,
+    WindowOptions,
+)
 from octavo.errors import UsageError
 from octavo.hardware import Hardware
 from octavo.ops.quantize import SCHEMES
 from octavo.reporting import Report
 
-EVALUATE = (ModelOptions, EvaluateOptions, WindowOptions, TextOptions)
+EVALUATE = (ModelOptions, EvaluateOptions, WindowOptions, ProbeOptions, TextOptions)
 QUANTIZE = (ModelOptions, QuantizeOptions)
 CPU = devices.hardware(devices.CPU)
 Evaluate = Callable[..., list[dict[str, Any]]]

@@ -100,11 +100,13 @@ def _data(about: About) -> list[str]:
     """The files of the data with their SHA-256 and counts."""
     rows = []
     for key, side in (("train", "training"), ("test", "held out")):
-        files = about.ledgers.get(key, {}).get("files", [])
-        for number, file in enumerate(files, start=1):
+        ledger = about.ledgers.get(key)
+        files = ledger.get("files") if isinstance(ledger, dict) else None
+        listed = [file for file in files if isinstance(file, dict)] if isinstance(files, list) else []
+        for number, file in enumerate(listed, start=1):
             name = PurePath(str(file.get("source", ""))).name if about.file_names else f"file {number}"
             digest = f"`{file['sha256']}`" if file.get("sha256") else "-"
-            rows.append(f"| {side} | {_cell(name)} | {file.get('tokens', 0):,} | {digest} |")
+            rows.append(f"| {side} | {_cell(name)} | {_count(file.get('tokens'))} | {digest} |")
     if not rows:
         return []
     more = [f"{len(rows) - MAX_FILES:,} more files are not listed."] if len(rows) > MAX_FILES else []
@@ -152,6 +154,10 @@ def _is_hub_id(name: str) -> bool:
 def public_name(name: str) -> str:
     """A hub id as it is; of a path the last name, so that it has no folders of a machine."""
     return name if _is_hub_id(name) and PurePath(name).suffix != ".gguf" else PurePath(name).name or name
+
+
+def _count(value: object) -> str:
+    return f"{value:,}" if isinstance(value, int) else "-"
 
 
 def _number(value: float | None) -> str:

@@ -29,6 +29,7 @@ from octavo.store.peft import ORIGIN, TENSORS
 from octavo.store.peft_config import CONFIG
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
+_REVISION = re.compile(r"[A-Za-z0-9][\w./-]{0,200}", re.ASCII)
 README = "README.md"
 
 
@@ -37,8 +38,7 @@ def push(config: Config, report: Report) -> dict[str, Any]:
     options = config[PushOptions]
     if not options.run or not options.repository:
         raise UsageError("octavo push needs a run and a repository.", hint="octavo push runs/mine owner/name")
-    if not _REPOSITORY.fullmatch(options.repository):
-        raise UsageError(f"{cut(options.repository)} is no name of a repository.", hint="Give it as owner/name.")
+    _check_names(options.repository, options.revision or "main")
     named = NamedAdapter.read(Path(options.run))
     run = RunFolder(named.folder)
     if named.step is None:
@@ -61,6 +61,24 @@ def push(config: Config, report: Report) -> dict[str, Any]:
     commit = _upload(options.repository, revision, files, private=options.private, report=report)
     report.result(f"Uploaded to {commit.repo_url} (commit {commit.oid[:12]}).")
     return {**result, "url": str(commit.repo_url), "commit": str(commit.oid)}
+
+
+def _check_names(repository: str, revision: str) -> None:
+    """UsageError for names that the hub does not accept."""
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(repository)
+        valid = _REPOSITORY.fullmatch(repository)
+    except HFValidationError:
+        valid = None
+    if not valid:
+        raise UsageError(
+            f"{cut(repository)} is no name of a repository.",
+            hint="Give it as owner/name, of letters, digits, -, _ and single dots inside.",
+        )
+    if not _REVISION.fullmatch(revision) or ".." in revision:
+        raise UsageError(f"{cut(revision)} is no name of a branch.", hint="Give --revision letters, digits, -, _ . /")
 
 
 def readme_of(run: Path, adapter: Path, *, file_names: bool = True, adapter_name: str = "") -> str:
@@ -110,6 +128,8 @@ def _files(folder: Path, readme: str) -> dict[str, bytes]:
     origin = read_object(folder / ORIGIN, error=AdapterError)
     if isinstance(base := origin.get("base"), dict) and isinstance(base.get("name"), str):
         origin["base"] = {**base, "name": public_name(base["name"])}
+    if isinstance(initial := origin.get("initial"), dict) and "path" in initial:
+        origin["initial"] = {**initial, "path": Path(str(initial["path"])).name}
     return {
         README: readme.encode("utf-8", "replace"),
         CONFIG: json_bytes(content),

@@ -105,6 +105,7 @@ class TrainCommon(Section):
     epochs: float | None = Field(
         None,
         gt=0,
+        le=1e6,
         description="Epochs over the training data, unless --steps is given; default: 1, for small data up to 8, in "
         "smaller batches, for at least 64 steps.",
     )

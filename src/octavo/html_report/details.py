@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -10,9 +11,10 @@ from typing import Any
 from octavo.bounded_json import JsonError, parse
 from octavo.errors import DataError
 from octavo.html_report.elements import folded, section, table, text
-from octavo.html_report.paths import without_folders
+from octavo.html_report.paths import last_name, without_folders
 from octavo.runs.events import Event, Hardware, Versions, Warn, last, only
 
+_LINE = re.compile(r"^([a-z_0-9]+: |- )(['\"]?)(.*)$")  # of config.yaml: a key or a dash, and a value on the line
 MAX_FILES = 60  # rows of the ledger's table; the largest files come first
 
 
@@ -43,7 +45,7 @@ def _side(name: str, side: dict[str, Any]) -> str:
     keys += ["repeated_bos"] if side.get("repeated_bos") else []
     files = sorted(side.get("files", ()), key=lambda file: -file.get("tokens", 0))
     rows = [
-        [without_folders(file.get("source", "")), *(file.get(key, "") for key in keys)] for file in files[:MAX_FILES]
+        [last_name(str(file.get("source", ""))), *(file.get(key, "") for key in keys)] for file in files[:MAX_FILES]
     ]
     if len(files) > MAX_FILES:
         rows.append([f"and {len(files) - MAX_FILES:,} smaller files", *("" for _ in keys)])
@@ -59,7 +61,9 @@ def _side(name: str, side: dict[str, Any]) -> str:
 
 
 def settings_section(content: str) -> str:
-    body = f'<div class="card"><pre>{text(without_folders(content.strip()))}</pre></div>'
+    lines = [_LINE.sub(lambda found: found[1] + found[2] + last_name(found[3]), line) for line in content.splitlines()]
+    shortened = without_folders("\n".join(lines).strip())
+    body = f'<div class="card"><pre>{text(shortened)}</pre></div>'
     return folded("Settings", body) if content.strip() else ""
 
 

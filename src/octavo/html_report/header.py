@@ -9,7 +9,7 @@ from datetime import datetime
 
 from octavo.html_report.chart import smooth
 from octavo.html_report.elements import text
-from octavo.html_report.paths import without_folders
+from octavo.html_report.paths import last_name
 from octavo.reporting import printable, shown
 from octavo.runs.events import Evaluation, Event, Hardware, HeldOut, ScoreRow, Step, last, only
 from octavo.runs.verdict import Verdict
@@ -31,7 +31,7 @@ def header(
     name: str, events: Sequence[Event], verdict: Verdict, settings: Mapping[str, str], *, written: str | None
 ) -> str:
     """The title, a line about model, device and date, and the figures. `written`: the time of the last event."""
-    about = [without_folders(settings.get("model", "")), *_base(events, settings), _device(events), _date(written)]
+    about = [last_name(settings.get("model", "")), *_base(events, settings), _device(events), _date(written)]
     figures = [figure for figure in (_perplexity(events), _gain(verdict), _trained(events), _time(events)) if figure]
     cards = "".join(
         f'<div class="figure {one.css_class}"><span>{text(one.name)}</span><b>{text(one.value)}</b>'
@@ -101,11 +101,11 @@ def _perplexity(events: Sequence[Event]) -> Figure | None:
     rows = [(row.name, value) for row in rows_of(events) if (value := finite(row.perplexity))]
     if len(rows) < 2:
         return None
-    (first, before), (last_name, after) = rows[-2], rows[-1]
+    (first, before), (newest, after) = rows[-2], rows[-1]
     return Figure(
         "Held-out perplexity",
         f"{shown(before)} {ARROW} {shown(after)}",
-        f"{percent(after, before)}, {first} {ARROW} {last_name}",
+        f"{percent(after, before)}, {first} {ARROW} {newest}",
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import PurePath
 
 from octavo.html_report.elements import section, text
-from octavo.html_report.paths import without_folders
+from octavo.html_report.paths import last_name
 from octavo.system import quoted
 
 
@@ -47,4 +47,4 @@ def _option(settings: Mapping[str, str], name: str) -> list[str]:
 
 def _shown(path: str) -> str:
     """A path as it was given, an absolute one shortened."""
-    return without_folders(path)
+    return last_name(path)

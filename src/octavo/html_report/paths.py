@@ -10,6 +10,15 @@ _PATH = re.compile(
 )
 
 
+def last_name(path: str) -> str:
+    """A path as it was given; of one that is absolute, from the home folder, or leaves the folder, `../` and its last
+    name. Unlike `without_folders` it is right for names with spaces and quotes too."""
+    parts = re.split(r"[/\\]+", path.rstrip("/\\"))
+    if re.match(r"(\w+:)?([/\\~]|[A-Za-z]:[/\\]|\.\.[/\\])", path) and len(parts) > 1:
+        return f"../{parts[-1]}"
+    return path
+
+
 def without_folders(text: str) -> str:
     """`text` with `../name` in place of every absolute path of at least two parts."""
     return _PATH.sub(lambda match: "../" + re.split(r"[/\\]+", match[0])[-1], text)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from octavo.html_report.elements import section, table, text
 from octavo.html_report.header import MINUS, finite, percent, rows_of
-from octavo.html_report.paths import without_folders
+from octavo.html_report.paths import last_name, without_folders
 from octavo.reporting import shown
 from octavo.runs.events import Difference, Evaluation, Event, FileDifference, Overlap, last
 from octavo.runs.verdict import Verdict
@@ -99,4 +99,4 @@ def _files(events: Sequence[Event]) -> str:
 
 def _file(one: FileDifference) -> list[object]:
     bounds = f"{shown(one.interval.low)} to {shown(one.interval.high)}" if one.interval else ""
-    return [without_folders(one.source), one.tokens, one.lower_by, bounds]
+    return [last_name(one.source), one.tokens, one.lower_by, bounds]

@@ -22,19 +22,19 @@ def samples_section(events: Sequence[Event]) -> str:
 
 def _of_prompt(samples: Sequence[Sample]) -> str:
     reference = next((sample.reference for sample in samples if sample.reference), "")
-    cards = [_card("Held-out text", replace(samples[0], text=reference))] if reference else []
-    cards += [_card(title, _last_where(samples, which)) for which, title in SIDES]
+    boxes = [_box("Held-out text", replace(samples[0], text=reference))] if reference else []
+    boxes += [_box(title, _last_where(samples, which)) for which, title in SIDES]
     training = "".join(
-        _card(f"Step {'?' if sample.step is None else shown(sample.step)}", sample)
+        _box(f"Step {'?' if sample.step is None else shown(sample.step)}", sample)
         for sample in samples
         if sample.which == "training"
     )
     folded = f"<details><summary>While training</summary>{training}</details>" if training else ""
     prompt = f'<p class="prompt">{text(samples[0].prompt)}</p>'
-    return f'<article>{prompt}<div class="pair">{"".join(cards)}</div>{folded}</article>'
+    return f'<article>{prompt}<div class="pair">{"".join(boxes)}</div>{folded}</article>'
 
 
-def _card(title: str, sample: Sample | None) -> str:
+def _box(title: str, sample: Sample | None) -> str:
     if sample is None:
         return ""
     continuation = sample.text.removeprefix(sample.prompt).lstrip("\n")

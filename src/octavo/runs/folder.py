@@ -64,6 +64,11 @@ class RunFolder:
         return self.path / "report.html"
 
     @property
+    def search(self) -> Path:
+        """The trials of `octavo tune`, which has a folder of its own."""
+        return self.path / "trials.jsonl"
+
+    @property
     def dry_run(self) -> Path:
         """Where the dry run writes its checkpoint."""
         return self.path / ".dry_run"
@@ -162,6 +167,8 @@ def _check(folder: RunFolder, *, resume: bool, startable: bool) -> None:
     path = folder.path
     if path.exists() and not path.is_dir():
         raise UsageError(f"--out {path} is not a folder.", hint="Choose another path for the run folder.")
+    if folder.search.exists():
+        raise UsageError(f"{path} contains a search of `octavo tune`.", hint="Choose another folder with --out.")
     contents = folder.contents()
     if contents and not resume:
         raise UsageError(

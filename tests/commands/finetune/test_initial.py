@@ -71,7 +71,7 @@ def test_the_run_starts_from_the_adapter_with_its_settings(
     assert any("norm" in name for name in tensors)
     assert any(name.endswith("bias") for name in tensors)
     assert after.origin["initial"] == {"path": str(first), "sha256": before.sha256, "step": before.origin["step"]}
-    assert f"| initial adapter | {first} |" in (tmp_path / "run" / "adapter" / "README.md").read_text()
+    assert f"| init adapter | {first.name} |" in (tmp_path / "run" / "adapter" / "README.md").read_text()
     base, initial, tuned = result["rows"]
     assert [row["name"] for row in result["rows"]] == ["base", "initial", "tuned"]
     assert initial["perplexity"] == tuned["perplexity"] < base["perplexity"]

@@ -165,7 +165,7 @@ def test_all_trained_parameters_resume_bit_for_bit(tune: Tune, tmp_path: Path, o
 
 
 def test_a_checkpoint_has_the_adapter_folders_of_the_run(tune: Tune, tmp_path: Path) -> None:
-    """The best adapter of a run and those of its checkpoints are the same files, but for the results in its card."""
+    """The best adapter of a run and those of its checkpoints are the same files, but for the results in its README."""
     run = tmp_path / "run"
     tune(run, **LONG, keep_checkpoints=9)
     checkpoints = {step: run / "checkpoints" / f"step-{step:08d}" for step in saved_steps(run)}

@@ -40,8 +40,9 @@ def tune(config: Config, report: Report) -> dict[str, Any]:
         _check_folder(folder, options, has_data=bool(config[TrainingData].data))
         try:
             with lock(folder.path):
-                atomic_write(folder.settings, config.replace(resume=False).to_yaml().encode())
                 search = prepared_search(config, cells, report, Clock(started + 60 * options.minutes, signals))
+                # After the check that a resumed search has the same settings.
+                atomic_write(folder.settings, config.replace(resume=False).to_yaml().encode())
                 with signals.waits():
                     units = searched(search, cells)
         except StoppedError as error:

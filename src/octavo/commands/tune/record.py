@@ -10,9 +10,10 @@ from time import monotonic
 from typing import Any
 
 import numpy as np
+from pydantic import TypeAdapter
 
 from octavo.bounded_json import JsonError, parse
-from octavo.commands.tune.rounds import Cell
+from octavo.commands.tune.rounds import Cell, Costs
 from octavo.errors import CheckpointError
 from octavo.intervals import Units
 from octavo.metrics_file import MetricsFile
@@ -45,6 +46,10 @@ class Round:
     last: bool
 
 
+_ROUND, _TRIAL, _COSTS = TypeAdapter(Round), TypeAdapter(ShortRun), TypeAdapter(Costs)
+_LOSSES = TypeAdapter(tuple[float, ...])
+
+
 @dataclass
 class Record:
     """All of a search. `identity` are the settings that must be equal to go on with it."""
@@ -56,6 +61,7 @@ class Record:
     base: tuple[tuple[float, ...], tuple[float, ...]] | None = None  # losses of the untuned model on both halves
     costs: dict[str, float] | None = None
     spent: float = 0.0  # seconds, those of earlier calls included
+    begun: bool = False  # whether the file has its first line
     mark: float = field(default_factory=monotonic)  # up to which the time of this call is recorded
 
     def of_round(self, number: int) -> dict[Cell, ShortRun]:
@@ -73,6 +79,7 @@ class Record:
     def begin(self) -> None:
         """Writes the first line of a new file."""
         self.write("search", format=FORMAT, identity=self.identity)
+        self.begun = True
 
     def add_time(self) -> None:
         """Records the time since the last call of this method."""
@@ -105,35 +112,41 @@ def read(path: Path, identity: dict[str, Any]) -> Record:
     hint = "Choose another --out, or the settings that the search began with."
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
-            values = parse(line)
-            if not isinstance(values, dict):
-                continue
-            kind = values.pop("kind", None)
-            if kind == "search":
-                _check(path, values, identity, hint)
-            elif kind == "round":
-                cells = tuple(Cell(**cell) for cell in values.pop("cells"))
-                record.rounds.append(Round(cells=cells, **values))
-            elif kind == "trial":
-                trial = ShortRun(**{**values, "cell": Cell(**values["cell"])})
-                record.trials.append(_with_tuples(trial))
-            elif kind == "base":
-                record.base, record.costs = (tuple(values["choosing"]), tuple(values["verdict"])), values["costs"]
-            elif kind == "time":
-                record.spent += float(values["seconds"])
+            values = parse(line, strict=False)  # a loss may be NaN
         except JsonError:
             continue
-        except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{path}: line {number} is not what octavo writes: {error}.", hint=hint) from error
+        if not isinstance(values, dict):
+            continue
+        kind = values.pop("kind", None)
+        if kind == "search":
+            _check(path, values, identity, hint)
+            record.begun = True
+        elif not record.begun:
+            raise CheckpointError(f"{path} does not say which search it is of: its first line is missing.", hint=hint)
+        else:
+            try:
+                _add(record, kind, values)
+            except (KeyError, ValueError) as error:  # pydantic's is a ValueError
+                what = str(error).splitlines()[0]
+                raise CheckpointError(f"{path}: line {number} is not what octavo writes: {what}.", hint=hint) from error
     return record
 
 
-def _with_tuples(trial: ShortRun) -> ShortRun:
-    return replace(
-        trial,
-        nats=None if trial.nats is None else tuple(trial.nats),
-        verdict=None if trial.verdict is None else tuple(trial.verdict),
-    )
+def _add(record: Record, kind: object, values: dict[str, Any]) -> None:
+    """Adds what a line has. KeyError or ValueError for missing values, those of another type, and too few losses."""
+    if kind == "round":
+        record.rounds.append(_ROUND.validate_python(values))
+    elif kind == "trial":
+        trial = _TRIAL.validate_python(values)
+        for losses, base in zip((trial.nats, trial.verdict), record.base or ((), ()), strict=True):
+            if losses is not None and len(losses) != len(base):
+                raise ValueError(f"{len(losses):,} losses of {len(base):,} units")
+        record.trials.append(trial)
+    elif kind == "base":
+        choosing, verdict = (_LOSSES.validate_python(values[name]) for name in ("choosing", "verdict"))
+        record.base, record.costs = (choosing, verdict), asdict(_COSTS.validate_python(values["costs"]))
+    elif kind == "time":
+        record.spent += max(0.0, float(values["seconds"]))
 
 
 def _check(path: Path, values: dict[str, Any], identity: dict[str, Any], hint: str) -> None:

@@ -2,7 +2,7 @@
 
 1. Every learning rate, at the rank that is nearest to the default one.
 2. If there is time, the other ranks at the best learning rate, for as many steps.
-3. The cells that this makes likely for a whole run, beside the default settings, for FINAL_FACTOR times the steps.
+3. The cells that this makes likely for a whole run, and the default settings, for FINAL_FACTOR times the steps.
 
 Each trial begins with the untrained adapter and has a complete learning-rate schedule. The default settings are in
 rounds 1 and 3: the answer to whether another cell is better is a comparison on equal terms.

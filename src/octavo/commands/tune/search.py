@@ -27,7 +27,7 @@ from octavo.commands.tune.rounds import (
 from octavo.commands.tune.trial import Clock, Halves, OutOfTimeError, halves, losses, prepared, trained, with_cell
 from octavo.config import Config, LoraOptions, TrainOptions, TuneOptions
 from octavo.config.commands import FINETUNE
-from octavo.errors import UsageError
+from octavo.errors import TrainingError, UsageError
 from octavo.intervals import Units
 from octavo.reporting import Report, duration
 
@@ -77,7 +77,7 @@ def prepared_search(config: Config, cells: Sequence[Cell], report: Report, clock
     record.mark = began
     if record.trials:
         report.say(f"Going on after {len(record.trials):,} trials in {duration(record.spent)}.")
-    elif not path.exists():
+    if not record.begun:
         record.begin()
     untuned = adapters.copied(adapters.collect(run.model, run.plan.spec))
     return Search(run, untuned, parts, record, Clock(clock.deadline - record.spent, clock.signals), report)
@@ -125,7 +125,11 @@ def _base(search: Search) -> tuple[Units, Units]:
         timed = prepared(run, DEFAULT, TIMED_STEPS, search.untuned, report=quiet)
         with search.report.progress(TIMED_STEPS, "Timing a step") as bar:
             seconds = trained(timed, clock, bar)
-        assert seconds, "the default settings do not diverge in a few steps"
+        if not seconds:
+            raise TrainingError(
+                "The loss of the default settings is not finite within a few steps.",
+                hint="Check the model and the data with `octavo finetune --steps 3`.",
+            )
         costs = Costs(min(seconds), times[1] - times[0], times[2] - times[1])
         record.add_base(measured[0], measured[1], asdict(costs))
     return measured[0], measured[1]
