@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from octavo import html_report
 from octavo.errors import DataError, UsageError
 from octavo.html_report import chart
-from octavo.html_report.paths import without_folders
+from octavo.html_report.paths import last_name, without_folders
 from octavo.reporting import Report
 from octavo.runs import events
 from octavo.runs.packed_numbers import pack_counts, pack_floats
@@ -174,6 +174,22 @@ def test_no_absolute_path_is_on_the_page(tmp_path: Path) -> None:
 )
 def test_absolute_paths_are_shortened_to_their_last_name(text: str, shown: str) -> None:
     assert without_folders(text) == shown
+
+
+@pytest.mark.parametrize(
+    ("path", "shown"),
+    [
+        ("/home/anna lee/my texts/a b.txt", "../a b.txt"),
+        (r"C:\\Users\\Anna Lee\\a.txt".replace("\\\\", "\\"), "../a.txt"),
+        ("/home/jo'hn/x.txt", "../x.txt"),
+        ("../anna/secret/x.txt", "../x.txt"),
+        ("file:///home/anna/x.txt", "../x.txt"),
+        ("texts/my book/a b.txt", "texts/my book/a b.txt"),
+        ("hf:owner/name/train.jsonl", "hf:owner/name/train.jsonl"),
+    ],
+)
+def test_a_path_that_is_known_as_one_is_shortened_whatever_its_name(path: str, shown: str) -> None:
+    assert last_name(path) == shown
 
 
 def test_the_commands_of_an_unfinished_run_resume_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

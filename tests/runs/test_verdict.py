@@ -174,8 +174,8 @@ def test_a_text_that_is_too_short_has_a_gain_without_an_interval() -> None:
     )
     verdict = verdict_of([Evaluation(1, rows, (loss_difference(rows[0], rows[1], None, None),))])
     assert (verdict.change, verdict.plus_minus, verdict.trend) == ("not measured", None, "not measured")
-    assert verdict.sentences[0].startswith("Bits per byte are 0.0")
-    assert "without an interval" in verdict.sentences[0]
+    assert verdict.sentences[0].startswith("Nothing can be told: bits per byte are 0.0")
+    assert "too short for an interval" in verdict.sentences[0]
 
 
 @pytest.mark.parametrize("events", [[], [HeldOut(3, 2.5, 12.0)], [Evaluation(3)]])

@@ -97,7 +97,8 @@ def prepare(
     scored = [Tokens("probe", 0, ids, trained, 0) for ids, trained in probe_rows(probes)]
     prompts = [copies.choose_prompts(side, tokenizer) for side in (held_out, training or [])]
     fits = training is not None and context > copies.PROMPT + copies.NEW_TOKENS
-    few = f"it has fewer than {cloze.MIN_PROBES} rare words{' that the training text has too' if training else ''}"
+    which = "rare words that the training text has too" if training else "rare words"
+    few = f"the held-out text has fewer than {cloze.MIN_PROBES} {which}"
     no_prompts = "" if any(prompts) else f"no text is longer than {copies.PROMPT + copies.COPY} tokens"
     return ProbeSet(
         general,

@@ -65,7 +65,8 @@ def push(config: Config, report: Report) -> dict[str, Any]:
 
 def _check_names(repository: str, revision: str) -> None:
     """UsageError for names that the hub does not accept."""
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
     try:
         validate_repo_id(repository)

@@ -74,7 +74,7 @@ def _forgot(event: events.Forgot | None) -> list[str]:
     half = half_width(event.interval)
     if event.rise is None or half is None:
         return [f"General text: not measured, {event.reason}."] if event.reason else []
-    on = f" on {event.documents:,} short documents that no user wrote"
+    on = f" on {event.documents:,} short documents that come with octavo"
     if abs(event.rise) <= half:
         return [f"General text: no change can be told, {plus_minus(event.rise, half)} bits per byte{on}."]
     word, what = ("rises", "forgot") if event.rise > 0 else ("falls", "gained")

@@ -90,7 +90,7 @@ def verdict_of(events: Sequence[Event]) -> Verdict:
         sentences += [_file_sentence(one, one.source.removeprefix(folder), factor) for one in files]
     if cost is None and evaluation.step is not None and before.scheme != "none":
         sentences.append(
-            f"What {before.scheme} costs against full precision was not measured: `octavo evaluate` with --compare "
+            f"What {before.scheme} costs against full precision was not measured: octavo evaluate --compare "
             f"none,{before.scheme} measures it."
         )
     return Verdict(change, gain, plus_minus, trend, percent, best, files, tuple(sentences))
@@ -120,10 +120,12 @@ def _change_sentence(
     perplexities = f"perplexity {_number(before.perplexity)} -> {_number(after.perplexity)}"
     if half is None:
         word = "lower" if gain > 0 else "higher"
-        return (
-            f"Bits per byte are {abs(gain):.4g} {word} ({perplexities}), without an interval: the text is too short "
-            "for one, or the losses before training are not saved."
+        reason = (
+            "the held-out text is too short for an interval. Give more of it with --test-data or --test-fraction"
+            if after.interval is None
+            else "the losses before training are not saved, so there is no interval"
         )
+        return f"Nothing can be told: bits per byte are {abs(gain):.4g} {word} ({perplexities}), but {reason}."
     bounds = difference.interval
     on = f" on {bounds.units:,} {bounds.over}" if bounds else ""
     if change == "unclear":

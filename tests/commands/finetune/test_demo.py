@@ -95,7 +95,8 @@ def test_the_demo_trains_its_real_model_in_a_few_steps(
     monkeypatch.setenv("OCTAVO_CACHE", str(smollm2_cache))
     done = octavo(
         "demo", "--out", tmp_path / "run", "--data", Path(DEMO["data"][0]) / "macbeth.txt", "--steps", 2,
-        "--batch-size", 4, "--seq-len", 32, "--eval-rows", 4, "--warmup", 0, "--sample-tokens", 1, "--json",
+        "--batch-size", 4, "--seq-len", 32, "--eval-rows", 4, "--warmup", 0, "--sample-tokens", 1, "--no-probes",
+        "--json",
     )  # fmt: skip
     assert done.code == 0
     base, quantized, tuned = (row["perplexity"] for row in done.json["rows"])

@@ -47,7 +47,8 @@ def test_the_result_and_the_events_have_all_three_measurements(probed: tuple[Pat
         assert result[name]["reason"] == ""
         assert result[name] == without_time(events(out, name)[-1])
         assert result[name]["rise"] == pytest.approx(result[name]["after"] - result[name]["before"])
-        assert result[name]["interval"]["low"] <= result[name]["rise"] <= result[name]["interval"]["high"]
+        if name != "copies":  # of fewer than ten samples there is no interval
+            assert result[name]["interval"]["low"] <= result[name]["rise"] <= result[name]["interval"]["high"]
     assert result["forgot"]["documents"] >= 40
     assert result["learned"]["probes"] >= 10
     starts = ("General text: ", "Verbatim copies: ")

@@ -33,7 +33,11 @@ def nats(lower: float, noise: float = 1.0) -> tuple[float, ...]:
 def record(path: Path, trials: Sequence[ShortRun], *, steps: int = 9, last: bool = True) -> Record:
     one = Record(path, {"seed": 0})
     one.begin()
-    one.add_base(Units(DOCUMENTS, BASE, units(0).tokens, N, N), Units(DOCUMENTS, BASE, units(0).tokens, N, N), {})
+    one.add_base(
+        Units(DOCUMENTS, BASE, units(0).tokens, N, N),
+        Units(DOCUMENTS, BASE, units(0).tokens, N, N),
+        {"step": 1.0, "evaluation": 1.0, "verdict": 1.0},
+    )
     one.add_round(Round(1, steps, (DEFAULT, A, B), last))
     for trial in trials:
         one.add_trial(trial)

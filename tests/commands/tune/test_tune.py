@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import shlex
@@ -16,8 +17,11 @@ import pytest
 from tests.conftest import WORDS
 
 from octavo.commands.tune import search
+from octavo.commands.tune.record import Record, read
+from octavo.commands.tune.rounds import Cell
 from octavo.commands.tune.trial import halves
 from octavo.data.packing import IGNORE_INDEX, Row
+from octavo.errors import CheckpointError
 
 Octavo = Callable[..., Any]
 
@@ -67,6 +71,7 @@ def test_a_search_narrows_the_grid_and_its_command_is_one_of_finetune(
     assert trained.json["steps"] == 6
 
 
+@pytest.mark.exhaustive
 @pytest.mark.usefixtures("given_steps")
 def test_a_search_that_was_stopped_goes_on_to_the_same_result(
     octavo: Octavo, arguments: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -93,6 +98,65 @@ def test_a_search_that_was_stopped_goes_on_to_the_same_result(
     assert resumed.code == 0, resumed.err
     for key in ("choice", "against_default", "against_second", "against_base", "cells"):
         assert resumed.json[key] == whole[key]
+
+
+def test_a_run_does_not_take_the_folder_of_a_search(octavo: Octavo, tiny_llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "trials.jsonl").write_text("{}\n")
+    done = octavo("finetune", "--model", tiny_llama, "--data", tmp_path, "--out", tmp_path / "out")
+    assert (done.code, "a search of `octavo tune`" in done.err) == (2, True)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["trials.jsonl"]
+
+
+BASE = {
+    "kind": "base",
+    "choosing": [1.0, 2.0],
+    "verdict": [3.0],
+    "costs": {"step": 1.0, "evaluation": 1.0, "verdict": 1.0},
+}
+CELL = {"lr": 1e-3, "rank": 4}
+TRIAL = {"kind": "trial", "cell": CELL, "round": 1, "steps": 3, "seconds": 1.0, "nats": [1.0, float("nan")]}
+
+
+def written(path: Path, *lines: dict[str, Any]) -> Path:
+    Record(path, {"steps": 6}).begin()
+    with path.open("a") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
+    return path
+
+
+def test_a_record_is_read_as_it_was_written_losses_that_are_not_finite_too(tmp_path: Path) -> None:
+    found = read(written(tmp_path / "a", BASE, TRIAL, {"kind": "time", "seconds": -5}), {"steps": 6})
+    assert found.base == ((1.0, 2.0), (3.0,))
+    assert found.trials[0].cell == Cell(1e-3, 4)
+    assert found.trials[0].nats is not None
+    assert math.isnan(found.trials[0].nats[1])
+    assert found.spent == 0
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        {**TRIAL, "nats": ["x", "y"]},
+        {**TRIAL, "nats": [1.0]},
+        {**TRIAL, "steps": "x"},
+        {"kind": "round", "number": 1, "steps": "x", "cells": [CELL], "last": False},
+        {**BASE, "costs": {"a": 1}},
+    ],
+)
+def test_a_damaged_record_is_an_error(tmp_path: Path, line: dict[str, Any]) -> None:
+    with pytest.raises(CheckpointError, match="line 3 is not what octavo writes"):
+        read(written(tmp_path / "a", BASE, line), {"steps": 6})
+
+
+def test_a_record_of_another_search_or_of_none_is_not_read(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="other settings: steps"):
+        read(written(tmp_path / "a", BASE), {"steps": 7})
+    (tmp_path / "b").write_text(json.dumps(BASE) + "\n")
+    with pytest.raises(CheckpointError, match="its first line is missing"):
+        read(tmp_path / "b", {"steps": 6})
+    (tmp_path / "c").write_text('{"kind": "search", "for')
+    assert not read(tmp_path / "c", {"steps": 6}).begun
 
 
 def test_an_existing_search_is_not_overwritten(octavo: Octavo, tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ def _results(runs: Sequence[ReadRun]) -> list[tuple[str, list[object]]]:
             [run.summary.difference.lower_by if run.summary.difference else None for run in runs],
         ),
         ("95% interval of this", [_bounds(run) for run in runs]),
-        ("general text: loss higher by, in bits per byte", [one and one.rise for one in map(_forgot, runs)]),
+        ("general text: change of the loss in bits per byte", [one and one.rise for one in map(_forgot, runs)]),
         ("share of cloze probes recovered", [one and one.after for one in map(_learned, runs)]),
         ("share of copied n-grams in samples", [one and one.after for one in map(_copies, runs)]),
         ("tokens per second", [run.summary.tokens_per_second for run in runs]),

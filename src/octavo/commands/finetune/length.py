@@ -74,7 +74,9 @@ def with_length(config: Config, rows: int, report: Report) -> Config:
     passes = "one pass" if length.epochs == 1 else f"{length.epochs} passes"
     counted = f"{rows:,} row{'s' * (rows != 1)}, {passes}, {steps:,} step{'s' * (steps != 1)}"
     if steps < MIN_STEPS:
-        reason = f"under {MIN_STEPS} steps teach little, and more passes would be learned by heart"
+        reason = (
+            f"more passes would mostly repeat the text; {MIN_STEPS} steps are better: more text, or a shorter --seq-len"
+        )
     elif length.epochs > 1 or length.batch_size != training.batch_size:
         reason = f"fewer than {MIN_STEPS} steps teach little"
     else:

@@ -50,8 +50,13 @@ def sample(run: Run, *, which: str, step: int) -> None:
     run.micro_step.release()
     sampling = Sampling(temperature=0.7, top_p=0.9, max_new_tokens=options.sample_tokens, seed=0)
     given = [Prompt(text, encode_prompt(text, run.tokenizer)) for text in options.sample_prompt]
-    for prompt in given or _default_prompts(run, say=step == 0):
-        text = complete(run.model, run.tokenizer, prompt.ids, sampling, stop_ids=end_ids(run.source)).text
+    prompts = given or _default_prompts(run, say=step == 0)
+    with run.report.progress(len(prompts), f"Samples of the {which} model") as bar:
+        texts = []
+        for prompt in prompts:
+            texts.append(complete(run.model, run.tokenizer, prompt.ids, sampling, stop_ids=end_ids(run.source)).text)
+            bar.advance()
+    for prompt, text in zip(prompts, texts, strict=True):
         events.Sample(step, prompt.text, text, which, prompt.reference).write(run.report)
         reference = f"Held-out text:\n{prompt.reference}\n\n" if prompt.reference and which == "base" else ""
         run.report.say(f"\n{reference}Sample of the {which} model for {prompt.text!r}:\n{text}\n")

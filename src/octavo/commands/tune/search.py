@@ -67,8 +67,8 @@ def prepared_search(config: Config, cells: Sequence[Cell], report: Report, clock
             hint="Give more with --test-data, or raise --test-fraction.",
         )
     report.say(
-        f"Held-out text: {len(parts.choosing):,} rows choose the settings. {len(parts.verdict):,} others measure the "
-        "differences, which the choice would make too large on the first ones."
+        f"Held-out text: the settings are chosen on {len(parts.choosing):,} of its rows, and compared on the other "
+        f"{len(parts.verdict):,}. On the first ones the best would look better than it is."
     )
     same = {name: value for name, value in run.identity.items() if name not in ("rank", "alpha")}
     identity = {**same, "lr": list(options.lr), "ranks": list(options.rank), "steps": run.total}
