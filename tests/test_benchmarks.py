@@ -230,6 +230,7 @@ def test_the_memory_benchmark_has_four_settings_of_every_family(plan: ModuleType
     assert len(set(settings)) == len(settings)
 
 
+@pytest.mark.exhaustive
 def test_the_memory_benchmark_continues_after_a_failure_and_saves_its_rows(
     plan: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

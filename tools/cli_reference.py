@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -61,6 +62,7 @@ def _section(name: str, command: Any) -> Iterator[str]:
 def _text(help_text: str | None) -> str:
     """A help text in Markdown: without rich's escapes, lines and bars of tables."""
     text = " ".join((help_text or "").split()).replace("\\[", "[")
+    text = text.replace(f"{PAGE.parents[1] / 'src'}{os.sep}", "")  # the plays of the demo, in the package
     text = re.sub(r"\[([\w-]+(?:\|[\w-]+)+)\]", lambda match: f"({match[1].replace('|', ', ')})", text)
     text = re.sub(r"\[default: (.*?)\]$", r"Default: `\1`.", text)
     text = re.sub(r"(?<![`\w-])(--[a-z][a-z-]+)", r"`\1`", text)

@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from io import BufferedWriter, FileIO, TextIOWrapper
 from typing import Any, TextIO, cast
 
 
@@ -68,14 +69,34 @@ def standard_streams() -> Iterator[None]:
             with suppress(OSError):
                 os.open(os.devnull, flags)  # gets the lowest free number, which is this one; writes to 1 still fail
     originals = sys.stdin, sys.stdout, sys.stderr
+    messages = _unbuffered(sys.stderr)
     # Python sets a stream to None if its descriptor was closed at startup.
     sys.stdin = sys.stdin or open(0, closefd=False)  # noqa: SIM115
     sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115
-    sys.stderr = cast(TextIO, Forgiving(lambda: originals[2]))
+    sys.stderr = cast(TextIO, Forgiving(lambda: messages))
     try:
         yield
     finally:
         sys.stdin, sys.stdout, sys.stderr = originals
+
+
+def _unbuffered(stream: TextIO | None) -> TextIO | None:
+    """Python's standard error without its buffer; any other stream as it is.
+
+    A buffer keeps what could not be written. At exit Python would flush it again: in vain, which replaces the exit code
+    by 120, or for ever, if a thread is still writing into a pipe that nobody reads.
+    """
+    standard: Any = sys.__stderr__
+    # With PYTHONUNBUFFERED there is no buffer.
+    if stream is None or stream is not standard or not isinstance(standard.buffer, BufferedWriter):
+        return stream
+    with suppress(OSError, ValueError):
+        stream.flush()
+        raw = FileIO(stream.fileno(), "w", closefd=False)
+        return TextIOWrapper(
+            cast(Any, raw), encoding=stream.encoding, errors=stream.errors, line_buffering=True, write_through=True
+        )
+    return stream
 
 
 @contextmanager

@@ -269,6 +269,7 @@ def test_other_memory_sizes_are_a_usage_error(octavo: Octavo, hollow: Path, size
     assert "11GiB" in done.err
 
 
+@pytest.mark.exhaustive
 def test_if_nothing_fits_the_hint_has_settings_that_fit(octavo: Octavo, hollow: Path) -> None:
     smallest = {row["scheme"]: row["least_gib"] for row in plan_result(hollow, seq_len=4096)["plans"]}
     budget = smallest["nf4"] - 0.011  # available, but less than the smallest plan with its margin

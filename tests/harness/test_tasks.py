@@ -120,6 +120,7 @@ def server(smollm2: Path, forks: Forks) -> Iterator[Process]:
     process.close()
 
 
+@pytest.mark.exhaustive
 def test_octavo_lm_eval_and_lm_eval_over_http_agree(smollm2: Path, server: Process, write_task: Write) -> None:
     """Bits per byte agree to four digits, and all other metrics with them."""
     write_task("speech", SPEECHES, **ROLLING)

@@ -90,8 +90,8 @@ def test_every_event_of_the_run_is_read() -> None:
 
 def test_the_report_of_the_run_has_all_of_its_numbers(samples: Path) -> None:
     page = html_report.write(samples / "run").read_text("utf-8")
-    titles = re.findall("<h2>(.*?)</h2>", page)
-    assert titles == ["Training", "Samples", "Token ledger", "Settings", "Hardware", "Versions"]
+    titles = re.findall(r'(?:<h2>|<details class="folded">\n<summary>)(.*?)</', page)
+    assert titles == ["Training", "Samples", "Go on", "Token ledger", "Settings", "Hardware", "Versions"]
     ledger = json.loads((samples / "run" / "ledger.json").read_bytes())
     counts = ("documents", "tokens", "trained", "masked", "left_out", "padding")
     for side in ("train", "test"):

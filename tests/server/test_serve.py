@@ -214,6 +214,7 @@ from octavo.server import protocol
 from octavo.server.app import create_app
 from octavo.server.process import bind, run
 from octavo.store.tokenizer_files import load_tokenizer
+from octavo.streams import standard_streams
 from pathlib import Path
 
 engine = FakeEngine(load_tokenizer(Path({model!r})), manual=True, context=100_000)
@@ -243,7 +244,8 @@ bound_socket = bind("127.0.0.1", 0)
 options = ServeOptions(grace_seconds=7, max_new_tokens=50_000, log_level="debug")
 print(bound_socket.getsockname()[1], flush=True)
 app = create_app(engine, options, key={key!r})
-run(app, bound_socket, options=options, listening=listening, stop_engine=stop)
+with standard_streams():  # as the command line does
+    run(app, bound_socket, options=options, listening=listening, stop_engine=stop)
 print("ended", grace, flush=True)
 """
 

@@ -304,6 +304,7 @@ def test_offload_moves_inputs_and_the_embedding_to_cpu_memory() -> None:
         assert short.smallest() == this.least.plan(save, 1, offload=False)
 
 
+@pytest.mark.exhaustive
 def test_a_plan_offloads_only_if_gpu_memory_is_short() -> None:
     without = small_planner("llama-4")
     both = replace(without, offloads=(False, True))
@@ -335,6 +336,7 @@ def test_fixed_save_levels_offload_only_if_necessary() -> None:
     assert replace(this, offloads=(True,)).fixed(all_of(INPUT), on_gpu.peak_bytes) == offloaded
 
 
+@pytest.mark.exhaustive
 def test_weights_are_stored_transposed_if_all_activations_are_saved_and_memory_suffices() -> None:
     exact = small_planner("gptj-4")
     this = replace(exact, precision=all_8bit(exact.model))

@@ -88,6 +88,7 @@ def test_the_last_line_is_the_next_command_as_octavo_is_called_in_the_shell(
     assert lines[-1] == f"Chat with it: octavo chat --model {tiny_llama} --adapter runs/demo/adapter"
 
 
+@pytest.mark.exhaustive
 def test_the_demo_trains_its_real_model_in_a_few_steps(
     octavo: Octavo, smollm2_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -85,6 +85,7 @@ def test_the_run_starts_from_the_adapter_with_its_settings(
     assert change["lower_by"] == 0
 
 
+@pytest.mark.exhaustive
 def test_training_goes_on_and_a_resumed_run_gives_the_same_bits_without_the_adapter(
     first: Path, started: Started, tmp_path: Path
 ) -> None:
