@@ -7,7 +7,7 @@ from typing import Any
 
 _PLAYS = Path(__file__).parents[1] / "shakespeare"
 # The defaults of `octavo demo`, chosen on two CPU cores: the held-out perplexity falls by more than a quarter in under
-# three minutes.
+# three minutes of training.
 DEMO: dict[str, Any] = {
     "data": [str(_PLAYS / "train")],
     "test_data": [str(_PLAYS / "test")],
