@@ -31,7 +31,8 @@ REASONS = {
     "a server runs until it is stopped": 2,
     "needs a running server": 1,
     "needs such a model": 1,
-    "needs data sets of the hub, or tasks of your own": 1,
+    "needs data sets of the hub, or tasks of your own": 2,
+    "searches for half an hour": 1,
 }  # reason -> how many blocks may have it
 LANGUAGES = {"sh", "python", "yaml", "jsonl", ""}
 DATA = {"yaml", "jsonl"}  # blocks that are files; those without a language are formulas and lists
