@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from octavo.data.bytes import token_bytes
 from octavo.data.encoding import bos_ids
-from octavo.data.ngrams import hashes
+from octavo.data.ngrams import CHUNK_TOKENS, hashes, joined
 from octavo.data.records import ALPACA_HEADINGS, Document
 from octavo.data.tokens import Tokens
 from octavo.errors import UsageError
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 NGRAM = 13  # tokens of an n-gram, as in the contamination study of the GPT-3 paper (arXiv 2005.14165, appendix C)
 NEAR_COPY = 0.5  # a document is a near copy if more than this share of its trained tokens is in the training text
-_CHUNK_TOKENS = 2**20  # tokens of the training text that are hashed at once
+_CHUNK_TOKENS = CHUNK_TOKENS  # tokens of the training text that are hashed at once
 _WRITTEN_SPACES = " \t\r\n\u2581\u0120\u010a\u0109\u010d"  # white space as vocabularies write it
 # Characters that a reader does not see: zero-width characters, the byte-order mark, the soft hyphen.
 _INVISIBLE = re.compile("[\u00ad\u200b-\u200f\u202a-\u202e\u2060\u2066-\u2069\ufeff]")
@@ -179,19 +179,11 @@ def shared_text(
 def _chunks(texts: Iterable[npt.NDArray[np.int32]]) -> Iterator[npt.NDArray[np.int32]]:
     """All n-grams of the texts, in arrays of about _CHUNK_TOKENS ids.
 
-    A long text is split with an overlap of NGRAM - 1, so that no n-gram is lost. Short texts are concatenated with the
-    id -1 between them, which no token has, so that no n-gram across two texts matches.
+    A long text is split with an overlap of NGRAM - 1, so that no n-gram is lost.
     """
-    separator = np.array([-1], dtype=np.int32)
-    parts: list[npt.NDArray[np.int32]] = []
-    size = 0
-    for ids in texts:
-        for start in range(0, max(0, len(ids) - NGRAM + 1), _CHUNK_TOKENS):
-            part = ids[start : start + _CHUNK_TOKENS + NGRAM - 1]
-            parts += [part, separator]
-            size += len(part) + 1
-            if size >= _CHUNK_TOKENS:
-                yield np.concatenate(parts)
-                parts, size = [], 0
-    if parts:
-        yield np.concatenate(parts)
+    parts = (
+        ids[start : start + _CHUNK_TOKENS + NGRAM - 1]
+        for ids in texts
+        for start in range(0, max(0, len(ids) - NGRAM + 1), _CHUNK_TOKENS)
+    )
+    return joined(parts, _CHUNK_TOKENS)

@@ -48,22 +48,30 @@ def occurrences(wanted: Hashes, chunks: Iterable[npt.NDArray[np.int32]], n: int)
     return counts[numbers.reshape(-1)]
 
 
-def chunks_of(rows: Iterable[Row]) -> Iterator[npt.NDArray[np.int32]]:
-    """The ids of packed rows in arrays of about CHUNK_TOKENS, with the id -1, which no token has, after each piece.
+def joined(texts: Iterable[npt.NDArray[np.int32]], tokens: int = CHUNK_TOKENS) -> Iterator[npt.NDArray[np.int32]]:
+    """The ids of texts in arrays of about `tokens`, with the id -1, which no token has, after each text.
 
-    So no n-gram across two pieces matches. A document that is split over several rows has a few n-grams fewer.
+    So no n-gram across two texts matches.
     """
+    separator = np.array([-1], dtype=np.int32)
     parts: list[npt.NDArray[np.int32]] = []
     size = 0
-    for row in rows:
-        for ids in pieces_of(row):
-            parts += [ids, np.array([-1], dtype=np.int32)]
-            size += len(ids) + 1
-        if size >= CHUNK_TOKENS:
+    for ids in texts:
+        parts += [ids, separator]
+        size += len(ids) + 1
+        if size >= tokens:
             yield np.concatenate(parts)
             parts, size = [], 0
     if parts:
         yield np.concatenate(parts)
+
+
+def chunks_of(rows: Iterable[Row]) -> Iterator[npt.NDArray[np.int32]]:
+    """The ids of the pieces of packed rows, as `joined`.
+
+    A document that is split over several rows has a few n-grams fewer.
+    """
+    return joined(ids for row in rows for ids in pieces_of(row))
 
 
 def pieces_of(row: Row) -> Iterator[npt.NDArray[np.int32]]:

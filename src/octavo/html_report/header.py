@@ -10,7 +10,7 @@ from datetime import datetime
 from octavo.html_report.chart import smooth
 from octavo.html_report.elements import text
 from octavo.html_report.paths import last_name
-from octavo.reporting import printable, shown
+from octavo.reporting import duration, printable, shown
 from octavo.runs.events import Evaluation, Event, Hardware, HeldOut, ScoreRow, Step, last, only
 from octavo.runs.verdict import Verdict
 
@@ -148,12 +148,3 @@ def _time(events: Sequence[Event]) -> Figure | None:
     return Figure(
         "Time of the steps", duration(seconds), f"{shown(round(tokens / seconds))} tokens/s, evaluations not counted"
     )
-
-
-def duration(seconds: float) -> str:
-    """As 45 s, 3 min 12 s, 2 h 5 min."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s" if whole else f"{seconds:.2g} s"
-    minutes, rest = divmod(whole, 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60:,} h {minutes % 60} min"

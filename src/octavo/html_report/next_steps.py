@@ -15,8 +15,8 @@ def next_steps(run: str, settings: Mapping[str, str], *, finished: bool) -> str:
     model = settings.get("model")
     if not model:
         return ""
-    out = _shown(run)
-    base = ["--model", _shown(model), *_option(settings, "revision"), *_option(settings, "scheme")]
+    out = last_name(run)
+    base = ["--model", last_name(model), *_option(settings, "revision"), *_option(settings, "scheme")]
     base += ["--allow-pickle"] if settings.get("allow_pickle") == "true" else []
     tuned = quoted([*base, "--adapter", out])
     commands = (
@@ -30,7 +30,7 @@ def next_steps(run: str, settings: Mapping[str, str], *, finished: bool) -> str:
         if finished
         else [f"octavo finetune --resume {quoted(['--out', out])}"]
     )
-    is_shortened = out != run or _shown(model) != model
+    is_shortened = out != run or last_name(model) != model
     caption = (
         "The two dots stand for a folder that is not named, so that this page can be shared."
         if is_shortened
@@ -43,8 +43,3 @@ def next_steps(run: str, settings: Mapping[str, str], *, finished: bool) -> str:
 def _option(settings: Mapping[str, str], name: str) -> list[str]:
     value = settings.get(name)
     return [f"--{name.replace('_', '-')}", value] if value and value not in ("null", "~", "auto") else []
-
-
-def _shown(path: str) -> str:
-    """A path as it was given, an absolute one shortened."""
-    return last_name(path)

@@ -15,7 +15,7 @@ from octavo.atomic import atomic_write
 from octavo.commands.tune.outcome import Outcome, loss_of, outcome_of
 from octavo.commands.tune.record import Record
 from octavo.commands.tune.rounds import Cell
-from octavo.commands.tune.search import DEFAULT, TRIALS_FILE, prepared_search, run_config, searched
+from octavo.commands.tune.search import DEFAULT, prepared_search, run_config, searched
 from octavo.commands.tune.trial import Clock
 from octavo.config import Config, RunOptions, TrainingData, TuneOptions
 from octavo.config.commands import FINETUNE
@@ -76,7 +76,7 @@ def grid(options: TuneOptions) -> list[Cell]:
 
 def _check_folder(folder: RunFolder, options: TuneOptions, *, has_data: bool) -> None:
     """UsageError for a folder with a run, with a search that is not resumed, or with none to resume."""
-    trials = folder.path / TRIALS_FILE
+    trials = folder.search
     if folder.path.exists() and not folder.path.is_dir():
         raise UsageError(f"--out {folder.path} is not a folder.", hint="Choose another path.")
     if folder.is_run() or folder.contents():

@@ -30,8 +30,8 @@ from octavo.config.commands import FINETUNE
 from octavo.errors import TrainingError, UsageError
 from octavo.intervals import Units
 from octavo.reporting import Report, duration
+from octavo.runs.folder import RunFolder
 
-TRIALS_FILE = "trials.jsonl"
 DEFAULT = Cell(TrainOptions().lr, LoraOptions().rank)
 FINALS = 2  # trials of the last round, without that of another rank
 TIMED_STEPS = 6  # of which the fastest is the time of a step: the first ones compile kernels, fill caches, capture
@@ -72,7 +72,7 @@ def prepared_search(config: Config, cells: Sequence[Cell], report: Report, clock
     )
     same = {name: value for name, value in run.identity.items() if name not in ("rank", "alpha")}
     identity = {**same, "lr": list(options.lr), "ranks": list(options.rank), "steps": run.total}
-    path = options.out / TRIALS_FILE
+    path = RunFolder(options.out).search
     record = read(path, identity) if path.exists() else Record(path, identity)
     record.mark = began
     if record.trials:
