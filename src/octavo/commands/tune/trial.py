@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from time import monotonic
@@ -16,7 +17,7 @@ from octavo.commands.finetune.state import Run, RunState
 from octavo.commands.run_plan import adapter_plan
 from octavo.commands.tune.rounds import Cell
 from octavo.config import Config, LoraOptions, TrainOptions
-from octavo.data.loader import batches
+from octavo.data.loader import batches, order
 from octavo.data.packing import IGNORE_INDEX, Row
 from octavo.errors import StoppedError, TrainingError
 from octavo.intervals import Units
@@ -27,6 +28,9 @@ from octavo.train.loop import train
 
 MIN_DOCUMENTS = 20  # of held-out text, from which on its halves are documents, each with enough for an interval
 DIVERGED = ("The loss is ", "is not finite")  # in the errors of train/loop.py for a learning rate that is too high
+
+
+SHARE_EPOCH = -1  # its order is that of no pass
 
 
 class OutOfTimeError(Exception):
@@ -98,16 +102,27 @@ def prepared(base: Run, cell: Cell, steps: int, untuned: Adapter, *, report: Rep
     """A run of `steps` steps of a cell on the model of `base`, with a new adapter, optimizer and complete schedule.
 
     `untuned` are the norms and biases of the base model: an earlier trial may have trained them. The memory plan is
-    that of `base`, whose rank is the largest.
+    that of `base`, whose rank is the largest. The training text is `share_of_text`.
     """
     config = with_cell(base.config, cell).replace(steps=steps)
+    rows = share_of_text(base.train.rows, steps / base.total, config[TrainOptions])
     plan = adapter_plan(config[LoraOptions])
     adapters.create_(base.model, plan, seed=config[TrainOptions].seed)
     fresh = adapters.collect(base.model, plan.spec)
     adapters.restore_(base.model, replace(fresh, full=untuned.full))
     micro_step = planned_step(config, base.model, base.hardware, base.fit, report)
     trainer = trainer_for(config[TrainOptions], base.model, base.hardware, micro_step, rows=len(base.train.rows))
-    return replace(base, config=config, plan=plan, trainer=trainer, micro_step=micro_step, state=RunState())
+    train = replace(base.train, rows=rows)
+    return replace(base, config=config, plan=plan, trainer=trainer, micro_step=micro_step, train=train, state=RunState())
+
+
+def share_of_text(rows: Sequence[Row], share: float, options: TrainOptions) -> list[Row]:
+    """A share of the rows, chosen by a hash of the seed and the row; at least a batch, or all.
+
+    A trial with a share of the steps of a whole run makes as many passes over it as a whole run over all rows.
+    """
+    count = min(len(rows), max(options.batch_size, math.ceil(len(rows) * share)))
+    return [rows[index] for index in sorted(order(len(rows), seed=options.seed, epoch=SHARE_EPOCH)[:count])]
 
 
 def trained(run: Run, clock: Clock, progress: Progress) -> list[float] | None:
