@@ -151,7 +151,7 @@ def _show(summaries: list[RunSummary], report: Report) -> None:
         if run.problem:
             report.result(f"{run.path}: {run.problem}")
     if any(run.perplexity_after is not None for run in summaries):
-        report.say(
+        report.explain(
             "loss lower by: nats per token, with the 95% interval. Perplexities on other held-out text or of another "
             "tokenizer cannot be compared: `octavo compare` checks this."
         )

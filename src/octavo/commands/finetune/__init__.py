@@ -55,13 +55,13 @@ def finetune(
     config: Config,
     *,
     console: bool = True,
-    results: bool = False,
+    results: bool | None = False,
     compare_full: bool = False,
     observer: Callable[[Report], Callable[[Mapping[str, Any]], None]] | None = None,
 ) -> dict[str, Any]:
     """Trains from the start or from the newest checkpoint; returns the JSON result (`--json`).
 
-    With `results` the final table goes to stdout. With `compare_full` the unquantized base is evaluated too.
+    `results` is that of Report: whether the final tables go to stdout. With `compare_full` the unquantized base is evaluated too.
     `observer(report)` is called with each event as it is recorded. A signal
     (Ctrl-C, SIGTERM) during the training loop ends it after the current step, with a checkpoint and a StoppedError. A
     second signal, or one at any other time, raises StopRequest at once. Other errors are those of errors.py.
