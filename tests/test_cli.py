@@ -251,7 +251,7 @@ def test_json_of_finetune(octavo: Octavo, tiny_llama: Path, plays: Path, tmp_pat
     assert done.code == 0
     assert {"out", "adapter", "report", "steps", "rows", "best_step"} <= done.json.keys()
     assert done.json["steps"] == 2
-    assert [row["name"] for row in done.json["rows"]] == ["quantized", "tuned"]
+    assert [row["name"] for row in done.json["rows"]] == ["quantized base", "tuned"]
     assert Path(done.json["adapter"], "adapter_config.json").is_file()
 
 
@@ -269,7 +269,7 @@ def test_json_of_evaluate(octavo: Octavo, tiny_llama: Path, plays: Path, run_fol
     )
     assert done.code == 0
     rows = done.json["rows"]
-    assert [row["name"] for row in rows] == ["base", "quantized", "tuned"]
+    assert [row["name"] for row in rows] == ["base", "quantized base", "tuned"]
     keys = {"name", "scheme", "adapter", "perplexity", "bits_per_byte", "tokens", "size_bytes", "loss", "interval"}
     keys |= {"context", "stride"}
     assert all(row.keys() == keys for row in rows)

@@ -88,7 +88,7 @@ def plan(config: Config, as_json: bool) -> None:
     positional="data",
 )
 def evaluate(config: Config, as_json: bool) -> None:
-    """Measure perplexity or lm-eval tasks of the base, quantized and tuned model, or compare schemes."""
+    """Measure perplexity or lm-eval tasks of the base, quantized base and tuned model, or compare schemes."""
     from octavo.commands.evaluate import evaluate as run
     from octavo.reporting import Report
 

@@ -211,7 +211,7 @@ def test_the_curve_begins_before_training_and_its_lowest_point_is_marked(tmp_pat
     bounds = events.Interval(0.1, 0.3, 20, "documents")
     with Report(console=False, metrics=folder / "metrics.jsonl") as report:
         nats, tokens = pack_floats([30.0, 50.0]), pack_counts([10, 10])
-        events.HeldOutLosses(0, "quantized", "documents", nats, tokens).write(report)
+        events.HeldOutLosses(0, "quantized base", "documents", nats, tokens).write(report)
         for step, loss in ((1, 3.5), (2, 3.2), (3, 3.4)):
             events.Step(step, 3.0).write(report)
             events.HeldOut(step, loss, fall=bounds).write(report)

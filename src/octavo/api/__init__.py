@@ -91,7 +91,7 @@ def tune(config: Config, quiet: bool) -> TuneResult:
 
 @with_options(EVALUATE)
 def evaluate(config: Config, quiet: bool) -> EvaluateResult:
-    """Measures perplexity or lm-eval tasks of the base, quantized and tuned model, or compares schemes."""
+    """Measures perplexity or lm-eval tasks of the base, quantized base and tuned model, or compares schemes."""
     from octavo.commands.evaluate import evaluate as run
 
     with _report(quiet) as report:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 
 MAX_FILES = 1000  # whose differences are recorded
+# Names of rows: the model before training in full precision, the same with quantized weights, and after training.
+BASE, QUANTIZED_BASE, TUNED = "base", "quantized base", "tuned"
 
 
 @dataclass(frozen=True)

@@ -61,10 +61,10 @@ def finetune(
 ) -> dict[str, Any]:
     """Trains from the start or from the newest checkpoint; returns the JSON result (`--json`).
 
-    `results` is that of Report: whether the final tables go to stdout. With `compare_full` the unquantized base is evaluated too.
-    `observer(report)` is called with each event as it is recorded. A signal
-    (Ctrl-C, SIGTERM) during the training loop ends it after the current step, with a checkpoint and a StoppedError. A
-    second signal, or one at any other time, raises StopRequest at once. Other errors are those of errors.py.
+    `results` is that of Report: whether the final tables go to stdout. With `compare_full` the unquantized base is
+    evaluated too. `observer(report)` is called with each event as it is recorded. A signal (Ctrl-C, SIGTERM) during the
+    training loop ends it after the current step, with a checkpoint and a StoppedError. A second signal, or one at any
+    other time, raises StopRequest at once. Other errors are those of errors.py.
     """
     with stop_signals() as signals:
         try:
