@@ -88,7 +88,8 @@ def test_a_curve_that_has_become_flat_is_better_and_no_longer_falls() -> None:
 def test_a_curve_that_turns_up_overfits_since_its_lowest_step() -> None:
     verdict = verdict_of(run([3.0, 2.7, 2.5, 2.6, 2.8], passes=4))
     assert (verdict.change, verdict.trend, verdict.best_step) == ("better", "overfits", 20)
-    assert verdict.sentences[1].startswith("Overfits since step 20: the held-out loss is higher by 0.3")
+    assert verdict.sentences[1].startswith("Overfits since step 20: the held-out loss is higher by 0.1")
+    assert " bits per byte at step 40" in verdict.sentences[1]
     assert verdict.sentences[1].endswith("at step 40. Fewer epochs are enough: --epochs 2.")
 
 

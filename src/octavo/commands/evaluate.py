@@ -153,7 +153,7 @@ def _show(
 ) -> None:
     """Prints the tables and the verdict."""
     if table:
-        show_scores(ScoreTable([one.row for one in table], differences, table[-1].units), report)
+        show_scores(ScoreTable([one.row for one in table], differences, table[-1].units), report, verdict)
     show_probes(found, report)
     show_verdict(verdict, report)
 

@@ -257,7 +257,7 @@ def _finish(run: Run) -> dict[str, Any]:
     if finished:  # results last: stdout may be closed, and the run folder must be complete in that case too
         report.say(f"Peak memory: {memory / 2**30:.2f} GiB.")
         if table.rows:
-            show_scores(table, report)
+            show_scores(table, report, verdict)
         show_probes(found, report)
         show_verdict(verdict, report)
         if state.best is not None and state.best["step"] != state.done:

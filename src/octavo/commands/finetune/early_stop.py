@@ -25,6 +25,7 @@ from octavo.data.packing import IGNORE_INDEX, Row
 from octavo.errors import UsageError
 from octavo.intervals import MIN_UNITS, Units, difference
 from octavo.runs.events import HeldOut
+from octavo.runs.loss_unit import LossUnit
 from octavo.runs.verdict import clear_rise
 
 PATIENCE = 2  # evaluations without a clear fall: one alone is no fall in 1 of 40 by chance, and at the warm-up often
@@ -57,15 +58,15 @@ class Watch:
         return cls(tensors["reference"], step, waits, evaluations)
 
 
-def watched(watch: Watch, event: HeldOut, units: Units) -> tuple[Watch, str]:
+def watched(watch: Watch, event: HeldOut, units: Units, unit: LossUnit) -> tuple[Watch, str]:
     """(the state after an evaluation, why the run should stop); "" if it should go on.
 
-    `event` has the intervals of the evaluation, `units` its losses.
+    `event` has the intervals of the evaluation, `units` its losses; `unit` is that of the text, for the reason.
     """
     seen = replace(watch, evaluations=watch.evaluations + 1)
-    if rise := clear_rise(event, watch.evaluations):
+    if rise := clear_rise(event, watch.evaluations, unit):
         lowest = f"at step {event.lowest_step:,}" if event.lowest_step else "before training"
-        return seen, f"the held-out loss is {rise} nats per token higher than {lowest}"
+        return seen, f"the held-out loss is {rise} higher than {lowest}"
     if len(watch.reference) != len(units.nats):
         return watch, ""
     fall = difference(replace(units, nats=watch.reference.numpy()), units)
@@ -76,10 +77,11 @@ def watched(watch: Watch, event: HeldOut, units: Units) -> tuple[Watch, str]:
     seen = replace(seen, waits=watch.waits + 1)
     if seen.waits < PATIENCE:
         return seen, ""
+    low, high = unit.bounds(fall)
     since = f"since step {watch.step:,}" if watch.step else "since the beginning"
     return seen, (
         f"the held-out loss shows no fall {since}, at {seen.waits} evaluations in a row (95 % interval of the fall "
-        f"{fall.low:.4f} to {fall.high:.4f} nats per token)"
+        f"{low:.4f} to {high:.4f} {unit.name})"
     )
 
 

@@ -37,6 +37,7 @@ from octavo.ops.quantize import scheme_named
 from octavo.ops.scheme import Scheme
 from octavo.runs import events
 from octavo.runs.events import FileDifference, ScoreRow
+from octavo.runs.loss_unit import bits_per_byte
 from octavo.store import peft
 from octavo.store.peft import Adapter
 
@@ -150,7 +151,8 @@ def _stop_early_if_due(run: Run, event: events.HeldOut, result: Score) -> None:
     if state.watch is None:  # of a run that began without the option: this evaluation is the first one
         state.watch = Watch.begin(result.units)
         return
-    state.watch, reason = watched(state.watch, event, result.units)
+    unit = bits_per_byte(result.bits_per_byte / result.loss if result.loss else None)
+    state.watch, reason = watched(state.watch, event, result.units, unit)
     if reason and state.done < run.total:
         state.stopped = {"step": state.done, "total": run.total, "reason": reason}
         events.EarlyStop(state.done, reason).write(run.report)
