@@ -20,8 +20,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from octavo.commands.finetune.held_out_size import counts_of
 from octavo.config import Config, RunOptions
-from octavo.data.packing import IGNORE_INDEX, Row
+from octavo.data.packing import Row
 from octavo.errors import UsageError
 from octavo.intervals import MIN_UNITS, Units, difference
 from octavo.runs.events import HeldOut
@@ -99,10 +100,10 @@ def check_early_stop(config: Config, rows: Sequence[Row]) -> None:
         raise UsageError(
             "--early-stop needs held-out text.", hint="Give it with --test-data, or with a --test-fraction above 0."
         )
-    documents = {row.documents[piece] for row in rows for piece in set(row.piece[row.labels != IGNORE_INDEX].tolist())}
-    if max(len(documents), len(rows)) < MIN_UNITS:
+    documents, n_rows = counts_of(rows)
+    if max(documents, n_rows) < MIN_UNITS:
         raise UsageError(
             f"--early-stop needs held-out text of {MIN_UNITS} documents or rows for its intervals; this has "
-            f"{len(documents)} documents in {len(rows)} rows.",
+            f"{documents} documents in {n_rows} rows.",
             hint="Give more with --test-data or --test-fraction, or shorter rows with --seq-len.",
         )

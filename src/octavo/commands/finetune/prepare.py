@@ -8,6 +8,7 @@ from datetime import date
 from octavo import adapters
 from octavo.commands.backends import configure_backends
 from octavo.commands.finetune.early_stop import check_early_stop
+from octavo.commands.finetune.held_out_size import warn_if_small
 from octavo.commands.finetune.initial import with_initial_adapter
 from octavo.commands.finetune.length import with_length
 from octavo.commands.finetune.samples import check_prompts
@@ -53,7 +54,9 @@ def prepare(config: Config, report: Report) -> Run:
     check_prompts(config[RunOptions], tokenizer, parse(source.config).context)
     config = _with_pinned_data(config, report)
     text, held_out = read_sides(config, tokenizer, report, context=parse(source.config).context)
-    check_early_stop(config, held_out.measurable(config[RunOptions].eval_rows) if held_out else [])
+    measured = held_out.measurable(config[RunOptions].eval_rows) if held_out else []
+    check_early_stop(config, measured)
+    warn_if_small(config, measured, report)
     rows = len(text.rows)
     config = with_length(config, rows, report)
     resumed, documents = config[RunOptions].resume, most_documents(text.rows)
