@@ -18,7 +18,9 @@ def row_of(*documents: int, masked: int | None = None) -> Row:
     """A row with 2 positions of each document; those of `masked` have no label."""
     piece = np.repeat(np.arange(len(documents)), 2).astype(np.int32)
     labels = np.where(np.array(documents)[piece] == masked, IGNORE_INDEX, 5).astype(np.int32)
-    return Row(np.zeros_like(piece), labels, np.zeros_like(piece), piece, tuple(f"f:{n}" for n in documents), tuple(documents))
+    return Row(
+        np.zeros_like(piece), labels, np.zeros_like(piece), piece, tuple(f"f:{n}" for n in documents), tuple(documents)
+    )
 
 
 def warned(settings: Settings, folder: Path, rows: list[Row], **changes: object) -> list[str]:
