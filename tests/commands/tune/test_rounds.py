@@ -14,6 +14,7 @@ from octavo.commands.tune.rounds import (
     Costs,
     finalists,
     learning_rates,
+    least_seconds,
     other_ranks,
     steps_of_first_rounds,
     steps_of_last_round,
@@ -82,3 +83,19 @@ def test_a_trial_has_no_more_steps_than_a_whole_run_and_not_too_few() -> None:
 def test_time_that_whole_runs_in_the_last_round_do_not_need_is_for_the_others() -> None:
     seconds = (7 * 60 + 3 * 70) / (1 - RESERVE)
     assert steps_of_first_rounds(seconds + 1, 7, 3, Costs(1.0, 0.0, 0.0), most=70) == 60
+
+
+@pytest.mark.parametrize("most", [4, MIN_STEPS, 40, 500])
+@pytest.mark.parametrize("costs", [Costs(1.0, 3.0, 2.0), Costs(0.5, 0.0, 0.0)])
+def test_the_shortest_search_is_the_shortest_that_has_steps(most: int, costs: Costs) -> None:
+    whole = Costs(costs.step, costs.evaluation + costs.verdict, 0.0)
+
+    def begins(seconds: float) -> bool:
+        """As the search decides it: whole runs of 13 cells, or the rounds of 5 of them and 2 finals."""
+        if steps_of_first_rounds(seconds, 13, 0, whole, most=most) == most:
+            return True
+        return steps_of_first_rounds(seconds, 5, 2, costs, most=most) > 0
+
+    least = least_seconds(5, 13, 2, costs, most=most)
+    assert begins(least * 1.001)
+    assert not begins(least * 0.97)

@@ -71,6 +71,40 @@ def test_a_search_narrows_the_grid_and_its_command_is_one_of_finetune(
     assert trained.json["steps"] == 6
 
 
+def test_too_little_time_ends_with_the_minutes_that_are_needed_and_loses_nothing(
+    octavo: Octavo, arguments: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On any machine loading takes more than 0.006 s."""
+    few = ["0.0001" if word == 500 else word for word in arguments if word != "--json"]
+    done = octavo(*few)
+    assert done.code == 3, done.err
+    assert "The first trial needs about " in done.err
+    assert "--minutes 0.0001 is too short for any trial to be finished" in done.err
+    [line] = [line for line in done.err.splitlines() if "tune --resume --out" in line]
+    words = shlex.split(line.partition("Go on with: ")[2])
+    words = words[words.index("tune") :]
+    assert int(words[words.index("--minutes") + 1]) >= 1
+    monkeypatch.setattr(search, "steps_of_first_rounds", lambda seconds, trials, finals, costs, *, most: 3)
+    monkeypatch.setattr(search, "steps_of_last_round", lambda seconds, finals, costs, *, most: 5)
+    words[words.index("--minutes") + 1] = "500"  # the machine may be slower now
+    resumed = octavo(*words, "--json")
+    assert resumed.code == 0, resumed.err
+    assert resumed.json["complete"]
+
+
+def test_a_search_whose_first_trial_takes_too_long_says_what_it_needs(
+    octavo: Octavo, arguments: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def late(*_: Any) -> None:
+        raise search.OutOfTimeError
+
+    monkeypatch.setattr(search, "_tried", late)
+    done = octavo(*arguments)
+    assert done.code == 3, done.err
+    assert json.loads(done.out)["error"]["type"] == "TimeLimitError"
+    assert "--minutes" in json.loads(done.out)["error"]["hint"]
+
+
 @pytest.mark.exhaustive
 @pytest.mark.usefixtures("given_steps")
 def test_a_search_that_was_stopped_goes_on_to_the_same_result(

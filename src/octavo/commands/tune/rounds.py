@@ -101,6 +101,16 @@ def steps_of_first_rounds(seconds: float, trials: int, finals: int, costs: Costs
     return _bounded(steps, most)
 
 
+def least_seconds(first: int, every: int, finals: int, costs: Costs, *, most: int) -> float:
+    """The time of the shortest search: whole runs of `every` cells, or MIN_STEPS steps of `first` cells and the finals.
+
+    With less, `steps_of_first_rounds` has no steps for either. The untuned model is measured before it.
+    """
+    steps = min(MIN_STEPS, most)
+    rounds = first * costs.trial(steps) + finals * costs.trial(min(FINAL_FACTOR * steps, most), last=True)
+    return min(rounds, every * costs.trial(most, last=True)) / (1 - RESERVE)
+
+
 def steps_of_last_round(seconds: float, finals: int, costs: Costs, *, most: int) -> int:
     """Steps of each trial of the last round, in `seconds`. At most `most`; 0 if not even MIN_STEPS fit."""
     left = (1 - RESERVE) * seconds / finals - costs.trial(0, last=True)
