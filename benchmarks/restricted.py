@@ -71,7 +71,7 @@ def trained(args: argparse.Namespace, out: Path, options: list[str]) -> dict[str
     losses = {row["name"]: row["loss"] for row in output["rows"]}
     return {
         "loss": losses["tuned"],
-        "base_loss": losses["quantized"],
+        "base_loss": losses["quantized base"],
         "peak_gib": round(output["peak_memory_bytes"] / 2**30, 3),
         "seconds": round(time.perf_counter() - began, 1),
     }

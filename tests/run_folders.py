@@ -56,7 +56,7 @@ def write_run(
                     pack_counts([TOKENS] * len(each)), len(each), 7, n_bytes, labels, text,
                 ).write(report)  # fmt: skip
 
-        record("quantized", 0, before)
+        record("quantized base", 0, before)
         events.Sample(0, PROMPT, "base", "base").write(report)
         for step in range(1, steps + 1):
             events.Step(step, 4 - step / 10, 1e-3, 1.0, 512, 512, 800.0).write(report)
@@ -71,11 +71,11 @@ def write_run(
                     name, "int8", None, float(np.exp(np.mean(each))), bits(each, n_bytes), TOKENS * len(each),
                     loss=float(np.mean(each)),
                 )
-                for name, each in (("quantized", before), ("tuned", after))
+                for name, each in (("quantized base", before), ("tuned", after))
             ]  # fmt: skip
             gain = float(np.mean(before) - np.mean(after))
             bounds = events.Interval(gain - 0.1, gain + 0.1, len(after), "documents")
-            difference = events.Difference("quantized", "int8", "tuned", "int8", gain, bounds)
+            difference = events.Difference("quantized base", "int8", "tuned", "int8", gain, bounds)
             events.Evaluation(steps, tuple(rows), (difference,)).write(report)
             events.Memory(steps, 2**30).write(report)
     return folder

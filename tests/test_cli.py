@@ -251,8 +251,26 @@ def test_json_of_finetune(octavo: Octavo, tiny_llama: Path, plays: Path, tmp_pat
     assert done.code == 0
     assert {"out", "adapter", "report", "steps", "rows", "best_step"} <= done.json.keys()
     assert done.json["steps"] == 2
-    assert [row["name"] for row in done.json["rows"]] == ["quantized", "tuned"]
+    assert [row["name"] for row in done.json["rows"]] == ["quantized base", "tuned"]
     assert Path(done.json["adapter"], "adapter_config.json").is_file()
+
+
+def test_the_gain_of_a_run_has_one_unit(octavo: Octavo, tiny_llama: Path, plays: Path, tmp_path: Path) -> None:
+    """Bits per byte, with perplexity beside it: in the table, in the verdict and in the report."""
+    done = octavo(
+        "finetune", "--model", tiny_llama, "--data", plays / "train", "--test-data", plays / "test", "--no-probes",
+        "--out", tmp_path / "run", "--steps", 4, "--batch-size", 2, "--seq-len", 32, "--rank", 2, "--sample-tokens", 4,
+        "--lr", 0.01,
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    assert "nats" not in done.out
+    assert done.out.count("(perplexity ") == 1
+    assert "% under" not in done.out
+    page = (tmp_path / "run" / "report.html").read_text("utf-8")
+    results = page[page.index("<h2>Held-out text") : page.index("<h2>Samples")]
+    assert "bits per byte" in results
+    assert "nats" not in results
+    assert "perplexity changed" not in results
 
 
 def test_json_of_evaluate(octavo: Octavo, tiny_llama: Path, plays: Path, run_folder: Path) -> None:
@@ -269,7 +287,7 @@ def test_json_of_evaluate(octavo: Octavo, tiny_llama: Path, plays: Path, run_fol
     )
     assert done.code == 0
     rows = done.json["rows"]
-    assert [row["name"] for row in rows] == ["base", "quantized", "tuned"]
+    assert [row["name"] for row in rows] == ["base", "quantized base", "tuned"]
     keys = {"name", "scheme", "adapter", "perplexity", "bits_per_byte", "tokens", "size_bytes", "loss", "interval"}
     keys |= {"context", "stride"}
     assert all(row.keys() == keys for row in rows)
@@ -362,7 +380,7 @@ def test_without_json_stdout_has_results_only(octavo: Octavo, tiny_llama: Path, 
     assert "Encoding" in data.err
     assert "masked" not in data.err
     for arguments, result in (
-        (("evaluate", plays / "test", "--seq-len", 32), "Perplexity"),
+        (("evaluate", plays / "test", "--seq-len", 32), "Scores"),
         (("quantize", "--out", tmp_path / "small"), "relative error"),
         (("plan", "--gpu-memory", "8GiB", "--seq-len", 32), "octavo finetune --model"),
     ):

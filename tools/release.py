@@ -2,7 +2,8 @@
 
     python tools/release.py [--allow-missing] [--python 3.12=/path/to/python3.12 ..] [--without-torch 3.12 ..]
 
-1. Checks SECURITY.md (versions and formats; `--write` fills them in), the plays and the licenses of dependencies.
+1. Checks SECURITY.md (versions, formats and contact; `--write` fills them in), the plays and the licenses of
+   dependencies.
 2. Builds dist/ with `build`, checks the metadata with `twine`, and the files that both archives must have.
 3. Installs the wheel into a clean environment of each Python that octavo supports, and the sdist into another one, and
    runs tools/release_smoke.py there: imports, help without torch, data, a tiny fine-tuning, generation, the server.
@@ -129,7 +130,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--without-torch", nargs="+", default=[], choices=PYTHONS, help="versions for which there is no CPU build"
     )
-    parser.add_argument("--write", action="store_true", help="write the tables of SECURITY.md, and end")
+    parser.add_argument("--write", action="store_true", help="write the tables and the contact of SECURITY.md, and end")
     return parser.parse_args()
 
 

@@ -39,11 +39,12 @@ def version() -> str:
 
 
 def security(page: str) -> str:
-    """SECURITY.md with its tables of versions and formats as the code has them."""
+    """SECURITY.md with its versions, formats and contact as the code and pyproject.toml have them."""
     minor = ".".join(version().split(".")[:2])
     formats = [f"| {title} | {_format(path)} |" for title, path in FORMATS]
     tables = {
         "versions": f"| version | fixes of security faults |\n|---|---|\n| {minor} | yes |\n| earlier | no |",
+        "contact": _contact(repository()),
         "formats": "\n".join(["| written | version |", "|---|---|", *formats]),
     }  # fmt: skip
     for name, table in tables.items():
@@ -51,6 +52,23 @@ def security(page: str) -> str:
         assert page.count(begin) == page.count(end) == 1, name
         page = page[: page.index(begin) + len(begin)] + f"{table}\n" + page[page.index(end) :]
     return page
+
+
+def repository() -> str:
+    """The address of the repository on GitHub, from the URLs of pyproject.toml; "" if they have none."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    urls = [str(url).rstrip("/").removesuffix(".git") for url in project.get("urls", {}).values()]
+    return next((url for url in urls if re.fullmatch(r"https://github\.com/[\w.-]+/[\w.-]+", url)), "")
+
+
+def _contact(url: str) -> str:
+    """How a fault is reported: the private reports of GitHub, which need no address of a person."""
+    page = f"[octavo's repository]({url})" if url else "the GitHub repository that you have octavo from"
+    form = f" ([the form]({url}/security/advisories/new))" if url else ""
+    return (
+        f"Report it privately, not in a public issue: open the tab **Security** of {page}\n"
+        f"and choose **Report a vulnerability**{form}. Only its maintainers can read the report, and they answer in it."
+    )
 
 
 def _format(path: str) -> str:
@@ -68,7 +86,7 @@ def _page_problems() -> Iterator[str]:
     if not text:
         yield "SECURITY.md is missing."
     elif security(text) != text:
-        yield "SECURITY.md has other versions than the code: python tools/release.py --write"
+        yield "SECURITY.md has other versions or another contact than the code: python tools/release.py --write"
     changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     if f"## {version()}" not in changes and "## Unreleased" not in changes:
         yield f"CHANGELOG.md has no section for {version()}."

@@ -40,6 +40,7 @@ from octavo.system import optional_module
 
 # Options that --help shows first.
 TRAINING = ("model", "data", "test_data", "out", "scheme", "rank", "epochs", "seq_len", "batch_size", "lr")
+DRY_RUN = "Check the options, read the data, print its ledger and the memory plan, and stop; write nothing."
 GENERATION = ("model", "adapter", "max_new_tokens", "temperature", "top_p", "stop", "seed")
 
 app = typer.Typer(
@@ -53,12 +54,23 @@ app = typer.Typer(
 )
 
 
-@command(app, FINETUNE, usual=TRAINING)
-def finetune(config: Config, as_json: bool) -> None:
+@command(app, FINETUNE, usual=TRAINING, switches={"dry_run": DRY_RUN})
+def finetune(config: Config, as_json: bool, *, dry_run: bool) -> None:
     """Fine-tune a model on text files. Writes a run folder with the adapter, metrics and a report."""
+    if dry_run:
+        _preview(config, as_json)
+        return
     from octavo.commands.finetune import finetune as run
 
     _print_json(run(config, console=True, results=not as_json), as_json)
+
+
+def _preview(config: Config, as_json: bool) -> None:
+    from octavo.commands.finetune.preview import preview
+    from octavo.reporting import Report
+
+    with Report(results=not as_json) as report:
+        _print_json(preview(config, report), as_json)
 
 
 @command(app, TUNE, usual=("model", "data", "test_data", "test_fraction", "minutes", "out", "lr", "rank", "report"))
@@ -88,7 +100,7 @@ def plan(config: Config, as_json: bool) -> None:
     positional="data",
 )
 def evaluate(config: Config, as_json: bool) -> None:
-    """Measure perplexity or lm-eval tasks of the base, quantized and tuned model, or compare schemes."""
+    """Measure perplexity or lm-eval tasks of the base, quantized base and tuned model, or compare schemes."""
     from octavo.commands.evaluate import evaluate as run
     from octavo.reporting import Report
 

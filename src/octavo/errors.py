@@ -67,6 +67,12 @@ class TrainingError(OctavoError, RuntimeError):
     """Training cannot continue."""
 
 
+class TimeLimitError(OctavoError, RuntimeError):
+    """The time that was given is too short for any result. What was done is saved."""
+
+    exit_code = 3
+
+
 class StoppedError(TrainingError):
     """A signal stopped training after the state was saved. `number` is the signal number."""
 

@@ -3,6 +3,7 @@
 0    success
 1    failure: model, adapter, data, disk, memory, or a bug in octavo
 2    invalid usage; nothing was started
+3    the time of `octavo tune` is too short for any result; what was done is saved
 130  Ctrl-C (128 + signal number: 143 SIGTERM, 129 SIGHUP)
 """
 
@@ -22,7 +23,7 @@ from octavo.stopping import StopRequest
 from octavo.streams import output
 
 EXIT_CODES = (
-    "Exit codes: 0 success, 1 failure, 2 invalid usage, 130 Ctrl-C (128 + signal). "
+    "Exit codes: 0 success, 1 failure, 2 invalid usage, 3 too little time (tune), 130 Ctrl-C (128 + signal). "
     "With --json errors are JSON too: {'error': {'type', 'message', 'hint', 'exit_code'}}."
 )
 _BUG_HINT = "This is a bug in octavo. Please report it with the lines above."

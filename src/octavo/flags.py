@@ -13,13 +13,13 @@ import typer
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from octavo.config import Config, Section, fields
+from octavo.config import Section, fields
 from octavo.config.commands import configure
 from octavo.config.section import flag_of
 from octavo.exits import EXIT_CODES
 from octavo.streams import output
 
-Command = Callable[[Config, bool], None]
+Command = Callable[..., None]  # of the Config, whether --json was passed, and the switches by name
 
 POSITIONAL = "positional"  # the beginning of the Python parameters of positional arguments
 
@@ -31,14 +31,16 @@ def command(
     usual: tuple[str, ...],
     positional: str | tuple[str, ...] = (),
     defaults: Mapping[str, Any] | None = None,
+    switches: Mapping[str, str] | None = None,
 ) -> Callable[[Command], Command]:
     """Registers a command on `app` whose options are the fields of `sections`.
 
     `usual` are the fields that --help shows first; the others are in one panel for each section. `positional` names the
-    fields that can also be positional arguments. `defaults` override those of the sections. The function gets the
-    validated Config and whether `--json` was passed.
+    fields that can also be positional arguments. `defaults` override those of the sections. `switches` (name: help) are
+    flags of one call, which no settings file has. The function gets the validated Config, whether `--json` was passed,
+    and the switches as keywords.
     """
-    command_defaults = dict(defaults or {})
+    command_defaults, command_switches = dict(defaults or {}), dict(switches or {})
     names = (positional,) if isinstance(positional, str) else positional
 
     def register(function: Command) -> Command:
@@ -46,6 +48,7 @@ def command(
         def run(**arguments: Any) -> None:
             file, print_config = arguments.pop("config"), arguments.pop("print_config")
             as_json = arguments.pop("as_json")
+            passed = {name: arguments.pop(name) for name in command_switches}
             given = {name: arguments.pop(f"{POSITIONAL}_{name}", None) for name in names}
             flags = {name: value for name, value in arguments.items() if value not in (None, [])}
             for name, argument in given.items():
@@ -56,9 +59,9 @@ def command(
                 with output():
                     typer.echo(config.to_yaml(), nl=False)
                 return
-            function(config, as_json)
+            function(config, as_json, **passed)
 
-        run.__signature__ = _signature(sections, usual, names, command_defaults)  # type: ignore[attr-defined]
+        run.__signature__ = _signature(sections, usual, names, command_defaults, command_switches)  # type: ignore[attr-defined]
         run.__annotations__ = {name: p.annotation for name, p in run.__signature__.parameters.items()}  # type: ignore[attr-defined]
         app.command(name=function.__name__, help=function.__doc__, epilog=EXIT_CODES)(run)
         return function
@@ -71,6 +74,7 @@ def _signature(
     usual: tuple[str, ...],
     positional: tuple[str, ...],
     defaults: Mapping[str, Any],
+    switches: Mapping[str, str],
 ) -> inspect.Signature:
     """The parameters for typer: one option for each field, None unless passed, then --config and others."""
     parameters = []
@@ -91,6 +95,9 @@ def _signature(
             rich_help_panel=None if name in usual else panels[name],
         )
         parameters.append(_parameter(name, Annotated[_flag_type(field) | None, option]))
+    for name, text in switches.items():
+        switch = typer.Option(flag_of(name), help=text)
+        parameters.append(_parameter(name, Annotated[bool, switch], default=False))
     panel = "Settings and output"
     config = typer.Option("--config", help="A YAML file with these options.", show_default=False, rich_help_panel=panel)
     show = typer.Option("--print-config", help="Print all values as YAML and exit.", rich_help_panel=panel)

@@ -38,12 +38,18 @@ class Report:
     """All output of a run. A context manager that closes the metrics file.
 
     Messages and progress go to stderr. With `results`, results go to stdout, otherwise to stderr, because stdout has a
-    JSON document. `console=False` prints nothing. `metrics` is the path of the JSON lines file. It is truncated unless
-    `append`; then a partial last line of a killed process is removed. Raises UsageError if the file cannot be written.
+    JSON document; with None they are printed nowhere, because the caller returns them. `console=False` prints nothing.
+    `metrics` is the path of the JSON lines file. It is truncated unless `append`; then a partial last line of a killed
+    process is removed. Raises UsageError if the file cannot be written.
     """
 
     def __init__(
-        self, *, console: bool = True, results: bool = False, metrics: Path | None = None, append: bool = False
+        self,
+        *,
+        console: bool = True,
+        results: bool | None = False,
+        metrics: Path | None = None,
+        append: bool = False,
     ) -> None:
         # No markup: messages contain file names and text of the user, where "[b]" is literal.
         # The stream's writes never fail: a closed terminal or a log on a full disk must not end a run.
@@ -58,6 +64,9 @@ class Report:
         # Lines are not wrapped in a file or a pipe, unless COLUMNS is set.
         width = None if not results or sys.stdout.isatty() or "COLUMNS" in os.environ else UNLIMITED_WIDTH
         self._results = Console(width=width, **console_options) if results else self._console
+        if results is None:
+            self._results = Console(file=standard_error(), **{**console_options, "quiet": True})
+        self._on_stdout = bool(results)
         self._metrics = MetricsFile(metrics, append=append) if metrics else None
         # Called with each event as it is recorded, also without a metrics file.
         self.observer: Callable[[Mapping[str, Any]], None] | None = None
@@ -95,9 +104,16 @@ class Report:
         with self._output():
             self._results.print(Text(printable(text)), soft_wrap=True)
 
+    def explain(self, text: str) -> None:
+        """Prints how a result is to be read: as a message, and only if results are printed. Records it as `say`."""
+        if self._results.quiet:
+            self.event(SAY, text=text)
+        else:
+            self.say(text)
+
     def _output(self) -> AbstractContextManager[None]:
         """Context for writing results: on stdout a failed write is an error."""
-        return nullcontext() if self._results is self._console else output()
+        return output() if self._on_stdout else nullcontext()
 
     def event(self, name: str, /, **fields: object) -> None:
         """Records one JSON line: "event", "time" (UTC, ISO 8601), then `fields`. Prints nothing.

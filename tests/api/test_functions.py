@@ -253,6 +253,41 @@ def test_the_result_is_the_document_of_the_command_line(
     assert_typed(found, kind)
 
 
+@pytest.mark.parametrize("case", CALLS)
+def test_a_result_is_returned_and_not_printed(
+    case: str, tiny_llama: Path, plays: Path, adapter_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Messages and progress go to stderr; tables and sentences of the result are printed by the command alone."""
+    name, options_of, _ = CALLS[case]
+    getattr(api, name)(model=tiny_llama, **options_of(tiny_llama, plays, adapter_folder))
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    for word in ("perplexity", "95%", "peak GiB", "\u2502", "\u2503"):  # box drawing of a table
+        assert word not in printed.err
+
+
+def test_runs_are_listed_and_compared_without_output(
+    short_run: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for folder in ("run", "other"):
+        api.finetune(**{**short_run, "out": tmp_path / folder}, quiet=True)
+    capsys.readouterr()
+    assert len(api.list_runs(tmp_path)["runs"]) == 2
+    assert len(api.compare([tmp_path / "run", tmp_path / "other"])["differences"]) == 1
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_finished_run_prints_its_progress_and_no_result(
+    short_run: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = api.finetune(**short_run)
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "Training: 4/4" in printed.err
+    assert "scheme" not in printed.err
+    assert not any(sentence in printed.err for sentence in run.verdict.sentences)
+
+
 def test_a_quantized_folder_is_that_of_the_command_line(tiny_llama: Path, tmp_path: Path, octavo: Octavo) -> None:
     found = api.quantize(model=tiny_llama, scheme="nf4", out=tmp_path / "here", quiet=True)
     assert_typed(found, results.QuantizeResult)

@@ -152,7 +152,7 @@ def test_evaluate_applies_the_embedded_adapters(octavo: Octavo, seed: Any, split
     separate = octavo("evaluate", *common, "--model", split / "base", "--adapter", split / "adapter")
     (row,) = embedded.json["rows"]
     untuned, tuned = separate.json["rows"]
-    assert (row["name"], untuned["name"], tuned["name"]) == ("tuned", "quantized", "tuned")
+    assert (row["name"], untuned["name"], tuned["name"]) == ("tuned", "quantized base", "tuned")
     assert row["perplexity"] == pytest.approx(tuned["perplexity"], rel=1e-5)
     assert abs(row["perplexity"] - untuned["perplexity"]) > 1
 

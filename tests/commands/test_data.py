@@ -164,6 +164,34 @@ def test_duplicates_and_documents_with_few_distinct_tokens_are_removed_and_count
     assert ledger.left_out > 0
 
 
+@pytest.mark.parametrize(
+    ("texts", "options", "sentence"),
+    [
+        ("kqkk", {}, "2 of 4 documents are identical to an earlier one; --deduplicate removes them."),
+        ("kqk", {}, "1 of 3 documents is identical to an earlier one; --deduplicate removes it."),
+        ("kk", {"deduplicate": True}, "1 of 2 documents is identical to an earlier one and left out (--deduplicate)."),
+        ("kq", {}, ""),
+    ],
+)
+def test_identical_documents_are_said(
+    tokenizer: Any,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    texts: str,
+    options: dict[str, Any],
+    sentence: str,
+) -> None:
+    paths = [tmp_path / f"{number}.txt" for number in range(len(texts))]
+    for path, text in zip(paths, texts, strict=True):
+        path.write_text({"k": "one king", "q": "one queen"}[text])
+    config = Config.read(KINDS, {"data": [str(path) for path in paths], **options})
+    with Report(results=True) as report:
+        show_data(config, read_documents(config[DataOptions].data, config[TextOptions], report), tokenizer, report)
+    printed = capsys.readouterr().out
+    assert sentence in printed
+    assert ("identical to" in printed) == bool(sentence)
+
+
 def test_a_prompt_is_marked_as_masked_and_its_completion_is_not(tokenizer: Any, tmp_path: Path) -> None:
     path = records(tmp_path, {"prompt": "where is my lord", "completion": " of york"})
     text = text_of([path], tokenizer, seq_len=64)

@@ -74,7 +74,9 @@ def test_the_readme_holds_verdict_hashes_and_intervals(run: Path, plays: Path) -
     for sentence in opened.verdict.sentences:
         assert sentence in readme
     assert opened.rows[0]["interval"] is not None
-    assert f"{opened.rows[0]['interval']['low']:.4f} to" in readme
+    row = opened.rows[0]
+    assert f"{row['interval']['low'] * row['bits_per_byte'] / row['loss']:.4f} to" in readme
+    assert "nats" not in readme
     for file in [*(plays / "train").iterdir(), *(plays / "test").iterdir()]:
         assert f"| {file.name} |" in readme
         assert hashlib.sha256(file.read_bytes()).hexdigest() in readme

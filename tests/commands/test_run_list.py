@@ -61,7 +61,7 @@ def test_the_table_has_every_run_and_the_reasons(octavo: Octavo, tmp_path: Path)
     done = octavo("runs", tmp_path)
     assert done.code == 0
     line = next(line for line in done.out.splitlines() if "/good " in line)
-    for cell in ("finished", "4 / 4", "model", "train", "54.60 -> 33.12", "0.500 (0.400 to 0.600)", "800"):
+    for cell in ("finished", "4 / 4", "model", "train", "54.60 -> 33.12", "0.144 (0.115 to 0.173)", "800"):
         assert cell in line
     assert "some/model" not in line
     assert f"{broken}: {broken} has the format version 99" in done.out
@@ -75,7 +75,7 @@ def test_on_a_narrow_terminal_a_run_has_two_lines(
     monkeypatch.setenv("COLUMNS", "100")
     first, second = octavo("runs").out.splitlines()[5:7]
     assert "54.60 -> 33.12" in first
-    assert "0.500 (0.400 to 0.600)" in second
+    assert "0.144 (0.115 to 0.173)" in second
     assert max(map(len, (first, second))) <= 100
 
 

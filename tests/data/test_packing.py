@@ -267,8 +267,11 @@ def test_copies_are_dropped_and_counted() -> None:
     copy = Tokens("file2", 7, one.ids.copy(), one.trained.copy(), 5)
     rows, ledger = pack([one, other, copy, masked], seq_len=8, pad_id=PAD, deduplicate=True)
     assert {source for row in rows for source in row.sources} == {"file0:0", "file1:1", "file1:9"}
-    assert (ledger.left_out, ledger.dropped) == (5, 1)
-    assert pack([one, copy], seq_len=8, pad_id=PAD)[1].left_out == 0
+    assert (ledger.left_out, ledger.dropped, ledger.copies) == (5, 1, 1)
+    _, kept = pack([one, other, copy, masked], seq_len=8, pad_id=PAD)
+    assert (kept.left_out, kept.dropped, kept.copies) == (0, 0, 1)
+    assert [(file.source, file.copies) for file in kept.files] == [("file0", 0), ("file1", 0), ("file2", 1)]
+    assert pack([one, copy], seq_len=8, pad_id=PAD, excluded=[1])[1].copies == 0
 
 
 def test_documents_with_few_distinct_tokens_are_dropped() -> None:

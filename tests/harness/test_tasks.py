@@ -196,10 +196,10 @@ def test_tasks_run_on_every_model_of_the_table(
     three = (*arguments, "--tasks", ",".join(names), "--adapter", adapter_folder, "--json")
     done = octavo(*three, plays / "test")
     assert done.code == 0, done.err
-    assert [row["name"] for row in done.json["rows"]] == ["base", "quantized", "tuned"]
+    assert [row["name"] for row in done.json["rows"]] == ["base", "quantized base", "tuned"]
     actual = {
         name: by_metric([row for row in done.json["tasks"] if row["name"] == name])
-        for name in ("base", "quantized", "tuned")
+        for name in ("base", "quantized base", "tuned")
     }
     assert {len(values) for values in actual.values()} == {6}
     bits = [values["speech bits_per_byte"] for values in actual.values()]
@@ -210,7 +210,7 @@ def test_tasks_run_on_every_model_of_the_table(
     assert "word_perplexity" in done.err
     without = octavo(*arguments, "--tasks", "speech", "--limit", 1, "--no-base", "--json")
     assert without.json["rows"] == []
-    assert {(row["name"], row["documents"]) for row in without.json["tasks"]} == {("quantized", 1)}
+    assert {(row["name"], row["documents"]) for row in without.json["tasks"]} == {("quantized base", 1)}
 
 
 def test_a_row_has_the_metric_of_lm_eval(octavo: Octavo, tiny_llama: Path, write_task: Write) -> None:

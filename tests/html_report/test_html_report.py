@@ -77,7 +77,9 @@ def run_folder(folder: Path, *, text: str = "plain", steps: int = 30) -> Path:
         bounds = events.Interval(4.25, 4.5, 20, "documents")
         before = events.ScoreRow(f"base {text}", "int8", None, 80.0, 1.5, 52123, loss=4.382, interval=bounds)
         after = events.ScoreRow(f"tuned {text}", "int8", text, 60.0, 1.5, 52123)
-        gain = events.Difference("base", "int8", "tuned", "int8", 0.288, events.Interval(0.25, 0.31, 20, "documents"))
+        gain = events.Difference(
+            before.name, "int8", after.name, "int8", 0.288, events.Interval(0.25, 0.31, 20, "documents")
+        )
         events.Evaluation(30, (before, after), (gain, events.Difference("a", "int8", "b", "int8", 0.5))).write(report)
     (folder / "ledger.json").write_text(json.dumps({"train": ledger(text, "b.txt"), "test": ledger("c.txt")}))
     (folder / "config.yaml").write_text(f"model: {text}\n")
@@ -113,14 +115,14 @@ def test_summary(tmp_path: Path) -> None:
     found = events.read(run_folder(tmp_path / "run") / "metrics.jsonl")
     text = html_report.summary(found)
     assert text.startswith("30 steps, training loss 3.0")
-    assert text.endswith("perplexity 60.00 (tuned plain), 25.0 % under base plain")
+    assert text.endswith("bits per byte, perplexity 80.00 -> 60.00 (base plain -> tuned plain)")
 
 
 def test_the_head_has_model_device_date_and_the_figures(tmp_path: Path) -> None:
     page = parse_report(run_folder(tmp_path / "run"))
     head = page.text[: page.text.index("Loss in nats")]
     assert "plain \N{MIDDLE DOT} int8 base \N{MIDDLE DOT} plain, float32 \N{MIDDLE DOT} 20" in head
-    assert "Held-out perplexity80.00 \N{RIGHTWARDS ARROW} 60.00\N{MINUS SIGN}25.0 %, base plain" in head
+    assert "Held-out perplexity80.00 \N{RIGHTWARDS ARROW} 60.00base plain" in head
     assert "Trained15,360 tokens30 steps" in head
     assert f"Time of the steps{30 * 512 / 800.5:.0f} s800 tokens/s" in head.replace("801", "800")
 
@@ -211,7 +213,7 @@ def test_the_curve_begins_before_training_and_its_lowest_point_is_marked(tmp_pat
     bounds = events.Interval(0.1, 0.3, 20, "documents")
     with Report(console=False, metrics=folder / "metrics.jsonl") as report:
         nats, tokens = pack_floats([30.0, 50.0]), pack_counts([10, 10])
-        events.HeldOutLosses(0, "quantized", "documents", nats, tokens).write(report)
+        events.HeldOutLosses(0, "quantized base", "documents", nats, tokens).write(report)
         for step, loss in ((1, 3.5), (2, 3.2), (3, 3.4)):
             events.Step(step, 3.0).write(report)
             events.HeldOut(step, loss, fall=bounds).write(report)
@@ -241,9 +243,11 @@ def test_the_differences_by_file_are_shown_the_smaller_files_folded(tmp_path: Pa
 
 def test_the_interval_of_the_loss_and_of_its_difference_are_shown(tmp_path: Path) -> None:
     text = parse_report(run_folder(tmp_path / "run")).text
-    assert "4.250 to 4.500" in text
+    assert "1.455 to 1.540" in text  # 4.25 to 4.5 nats per token, times 1.5 / 4.382
     minus = "\N{MINUS SIGN}"
-    assert f"loss of base {minus} loss of tuned: 0.288 nats per token (95 % interval 0.250 to 0.310, over 20 do" in text
+    size = "0.0986 bits per byte (95 % interval 0.0856 to 0.106, over 20 do"
+    assert f"loss of base plain {minus} loss of tuned plain: {size}" in text
+    assert "nats" not in text[text.index("Held-out text") : text.index("Samples")]
 
 
 def test_the_overlap_is_shown(tmp_path: Path) -> None:

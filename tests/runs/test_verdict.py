@@ -60,7 +60,9 @@ def run(
         event, losses = next_of_curve(event, losses, one)
         events.append(event)
     best = min(texts[1:], key=lambda one: float(one.nats.sum()))
-    rows = tuple(score_row(name, INT8, None, scored(one)) for name, one in (("quantized", texts[0]), ("tuned", best)))
+    rows = tuple(
+        score_row(name, INT8, None, scored(one)) for name, one in (("quantized base", texts[0]), ("tuned", best))
+    )
     return [*events, Evaluation(10 * steps, rows, (loss_difference(rows[0], rows[1], texts[0], best),))]
 
 
@@ -86,7 +88,8 @@ def test_a_curve_that_has_become_flat_is_better_and_no_longer_falls() -> None:
 def test_a_curve_that_turns_up_overfits_since_its_lowest_step() -> None:
     verdict = verdict_of(run([3.0, 2.7, 2.5, 2.6, 2.8], passes=4))
     assert (verdict.change, verdict.trend, verdict.best_step) == ("better", "overfits", 20)
-    assert verdict.sentences[1].startswith("Overfits since step 20: the held-out loss is higher by 0.3")
+    assert verdict.sentences[1].startswith("Overfits since step 20: the held-out loss is higher by 0.1")
+    assert " bits per byte at step 40" in verdict.sentences[1]
     assert verdict.sentences[1].endswith("at step 40. Fewer epochs are enough: --epochs 2.")
 
 
@@ -131,7 +134,7 @@ def test_what_the_scheme_costs_is_said(cost: float) -> None:
     full = units(3 + 0.4 * generator.standard_normal(60))
     quantized = units(full.nats / TOKENS + cost + 0.01 * generator.standard_normal(60))
     tuned = units(quantized.nats / TOKENS - 0.2 + 0.01 * generator.standard_normal(60))
-    named = (("base", NONE, full), ("quantized", INT8, quantized), ("tuned", INT8, tuned))
+    named = (("base", NONE, full), ("quantized base", INT8, quantized), ("tuned", INT8, tuned))
     rows = tuple(score_row(name, scheme, None, scored(one)) for name, scheme, one in named)
     verdict = verdict_of([
         QuantizationCost(loss_difference(rows[0], rows[1], full, quantized)),

@@ -51,6 +51,23 @@ def test_a_format_with_a_new_version_makes_the_page_old(contents: ModuleType, mo
     assert "| 0.9 | yes |" in contents.security(page)
 
 
+def test_the_page_says_how_to_report_a_fault_without_a_persons_address(
+    contents: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
+    assert "**Report a vulnerability**" in page
+    assert "@" not in page
+    monkeypatch.setattr(contents, "ROOT", tmp_path)
+    for urls, address in (
+        ("", ""),
+        ('urls = { Site = "https://octavo.example" }', ""),
+        ('urls = { Repository = "https://github.com/some/octavo.git" }', "https://github.com/some/octavo"),
+    ):
+        (tmp_path / "pyproject.toml").write_text(f"[project]\n{urls}\n")
+        assert contents.repository() == address
+        assert (f"({address}/security/advisories/new)" in contents.security(page)) == bool(address)
+
+
 def test_files_of_others_need_a_license(contents: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "shakespeare" / "train").mkdir(parents=True)
     (tmp_path / "shakespeare" / "README.md").write_text("hamlet.txt is in the public domain")

@@ -1,7 +1,8 @@
 """The Python API: what `import octavo` offers. Each function is a command, with its options as keyword arguments.
 
 Options, defaults and checks are those of the command line (config/options.py); the results are the documents of
-`--json`. Errors are raised as on the command line: the classes of octavo.errors, and OSError of the system.
+`--json`. They are returned and not printed: only progress and messages go to stderr. Errors are raised as on the
+command line: the classes of octavo.errors, and OSError of the system.
 """
 
 from __future__ import annotations
@@ -50,13 +51,18 @@ from octavo.runs.folder import RunFolder
 from octavo.stopping import StopRequest
 
 
+def _report(quiet: bool) -> Report:
+    """The report of a call, whose results are returned."""
+    return Report(console=not quiet, results=None)
+
+
 @with_options(FINETUNE, callbacks={"on_event": "A function that gets each event (octavo.runs.events) at once."})
 def finetune(config: Config, quiet: bool, on_event: Callable[[Event], object] | None = None) -> Run:
     """Fine-tunes a model on text files. Writes a run folder with the adapter, metrics and a report."""
     from octavo.commands.finetune import finetune as run
 
     try:
-        run(config, console=not quiet, observer=on_event and partial(watched, on_event))
+        run(config, console=not quiet, results=None, observer=on_event and partial(watched, on_event))
         return Run(config[RunOptions].out)
     except StopRequest as error:
         message, hint = _stopped(config[RunOptions].out)
@@ -79,16 +85,16 @@ def tune(config: Config, quiet: bool) -> TuneResult:
     """Chooses the learning rate and the LoRA rank by short runs within `minutes`, and says how sure that is."""
     from octavo.commands.tune import tune as run
 
-    with Report(console=not quiet) as report:
+    with _report(quiet) as report:
         return cast(TuneResult, run(config, report))
 
 
 @with_options(EVALUATE)
 def evaluate(config: Config, quiet: bool) -> EvaluateResult:
-    """Measures perplexity or lm-eval tasks of the base, quantized and tuned model, or compares schemes."""
+    """Measures perplexity or lm-eval tasks of the base, quantized base and tuned model, or compares schemes."""
     from octavo.commands.evaluate import evaluate as run
 
-    with Report(console=not quiet) as report:
+    with _report(quiet) as report:
         return cast(EvaluateResult, run(config, report))
 
 
@@ -108,7 +114,7 @@ def _generate(config: Config, quiet: bool) -> GenerateResult | list[dict[str, An
     """
     from octavo.commands.generate import generate_many, generate_text
 
-    with Report(console=not quiet) as report:
+    with _report(quiet) as report:
         if config[PromptOptions].prompts is not None:
             lines: list[str] = []
             generate_many(config, report, write=lines.append)
@@ -126,7 +132,7 @@ def plan(config: Config, quiet: bool) -> PlanResult:
     """Estimates the GPU memory of a fine-tuning run, without reading weights."""
     from octavo.commands.plan import plan as run
 
-    with Report(console=not quiet) as report:
+    with _report(quiet) as report:
         return cast(PlanResult, run(config, report))
 
 
@@ -135,7 +141,7 @@ def quantize(config: Config, quiet: bool) -> QuantizeResult:
     """Quantizes a model and writes it to a folder that loads without the original."""
     from octavo.commands.quantize import quantize as run
 
-    with Report(console=not quiet) as report:
+    with _report(quiet) as report:
         return cast(QuantizeResult, run(config, report))
 
 
@@ -144,7 +150,7 @@ def convert(config: Config, quiet: bool) -> ConvertResult:
     """Splits a model with frozen weights and trained adapters in one file into a base and an adapter of PEFT."""
     from octavo.commands.convert import convert as run
 
-    with Report(console=not quiet) as report:
+    with _report(quiet) as report:
         return cast(ConvertResult, run(config, report))
 
 
@@ -154,7 +160,7 @@ def list_runs(config: Config, quiet: bool) -> RunsResult:
     """Lists the runs in folders: settings, state, steps, held-out perplexity before and after training, speed."""
     from octavo.commands.run_list import list_runs as run
 
-    with Report(console=not quiet) as report:
+    with _report(quiet) as report:
         return cast(RunsResult, run(config, report))
 
 
@@ -163,7 +169,7 @@ def compare(config: Config, quiet: bool) -> CompareResult:
     """Compares runs: settings that differ, results, differences of the held-out loss with intervals, samples."""
     from octavo.commands.compare import compare as run
 
-    with Report(console=not quiet) as report:
+    with _report(quiet) as report:
         return cast(CompareResult, run(config, report))
 
 
@@ -172,7 +178,7 @@ def push(config: Config, quiet: bool) -> PushResult:
     """Uploads the adapter of a run to the Hugging Face hub, with a model card, in one commit."""
     from octavo.commands.push import push as run
 
-    with Report(console=not quiet) as report:
+    with _report(quiet) as report:
         return cast(PushResult, run(config, report))
 
 
@@ -186,5 +192,5 @@ def serve(config: Config, quiet: bool) -> None:
 
     if threading.current_thread() is not threading.main_thread():
         raise UsageError("octavo.serve needs the main thread, for the signals that end it.")
-    with Report(console=not quiet) as report:
+    with _report(quiet) as report:
         run(config, report, listening=lambda _: None)

@@ -30,7 +30,9 @@ class Score(TypedDict):
 
 
 class NamedScore(Score):
-    """A row of the table of scores: "base", "quantized" or "tuned" under a scheme, the latter with its adapter.
+    """A row of the table of scores: "base", "quantized base" or "tuned" under a scheme, the latter with its adapter.
+
+    "initial" is the tuned model of --init-adapter before training.
 
     `loss` and `context` are None in rows of runs before they were recorded. `context` is the most tokens that a
     prediction reads: of a packed row, or with a `stride` of the sliding window.

@@ -215,11 +215,19 @@ def _warn_of_lost_bytes(encoded: Sequence[tokens.Tokens], tokenizer: PreTrainedT
         report.warn(f"{source}: {count:,} bytes of text have no token in this model's vocabulary and are left out.")
 
 
-def show_ledger(ledger: Ledger, title: str, report: Report, *, result: bool = False, held_out: bool = False) -> None:
-    """Prints one line a file (the largest MAX_FILES - 1 of many), the sum, and the files that were not read.
+def show_ledger(
+    ledger: Ledger,
+    title: str,
+    report: Report,
+    *,
+    deduplicated: bool = False,
+    result: bool = False,
+    held_out: bool = False,
+) -> None:
+    """Prints one line a file (the largest MAX_FILES - 1 of many), the sum, copies, and the files that were not read.
 
     All columns count tokens of the text: text = trained + masked + left out. Of `held_out` text the trained ones are
-    scored. The title has the padding and the repeated BOS tokens.
+    scored. The title has the padding and the repeated BOS tokens. `deduplicated`: whether copies are left out.
     """
     files = list(ledger.files)
     smaller: list[FileLedger] = []
@@ -243,6 +251,8 @@ def show_ledger(ledger: Ledger, title: str, report: Report, *, result: bool = Fa
     count = f"{ledger.rows:,} row{'' if ledger.rows == 1 else 's'}"
     columns = ["scored" if held_out and name == "trained" else name for name in LEDGER_COLUMNS]
     report.table(f"{title}: {count}{padding}", [first, *columns], rows, result=result)
+    if ledger.copies:
+        (report.result if result else report.say)(copies_text(ledger, deduplicated=deduplicated))
     if ledger.repeated_bos:
         report.say("Repeated BOS tokens: each row that continues a document begins with BOS again.")
     if ledger.not_read:
@@ -253,6 +263,16 @@ def show_ledger(ledger: Ledger, title: str, report: Report, *, result: bool = Fa
         if len(counts) >= MAX_FILES:
             rest = sum((Counter(kinds) for kinds in list(counts.values())[MAX_FILES - 1 :]), Counter())
             report.say(f"{title} {len(counts) - MAX_FILES + 1:,} more files: {counted(rest)}.")
+
+
+def copies_text(ledger: Ledger, *, deduplicated: bool) -> str:
+    """How many documents are copies, and what becomes of them."""
+    of = f"{ledger.copies:,} of {ledger.documents:,} documents"
+    is_one = ledger.copies == 1
+    what = f"{of} {'is' if is_one else 'are'} identical to an earlier one"
+    if deduplicated:
+        return f"{what} and left out (--deduplicate)."
+    return f"{what}; --deduplicate removes {'it' if is_one else 'them'}."
 
 
 def _common_folder(sources: Sequence[str]) -> str:
@@ -270,7 +290,7 @@ def show_data(config: Config, reading: Reading, tokenizer: PreTrainedTokenizerFa
     """Prints the ledger, the fill of the rows, and decoded samples with masked text marked; returns the ledger."""
     options = config[DataOptions]
     text = to_text(reading, config[TextOptions], tokenizer, report)
-    show_ledger(text.ledger, "Tokens", report, result=True)
+    show_ledger(text.ledger, "Tokens", report, result=True, deduplicated=config[TextOptions].deduplicate)
     report.say(_what_is_counted(tokenizer))
     _warn_of_short_rows(text, report)
     lengths = sorted(int((row.piece >= 0).sum()) for row in text.rows)

@@ -27,6 +27,9 @@ from octavo.commands.loading import (
 )
 from octavo.commands.probes import Measured, ProbeSet, measure, prepare, results
 from octavo.commands.scores import (
+    BASE,
+    QUANTIZED_BASE,
+    TUNED,
     ScoreTable,
     file_differences,
     loss_difference,
@@ -62,7 +65,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A model that is loaded once, and its rows in the table. For the row "tuned" the --adapter is applied."""
+    """A model that is loaded once, and its rows in the table. For the row TUNED the --adapter is applied."""
 
     scheme: Scheme
     hardware: Hardware
@@ -106,7 +109,7 @@ def evaluate(config: Config, report: Report) -> dict[str, Any]:
         model = load_model(source, candidate.scheme, candidate.hardware, report)
         size = written_bytes(base_of(source), candidate.scheme)
         for name in candidate.names:
-            folder = adapter_folder if name == "tuned" else None
+            folder = adapter_folder if name == TUNED else None
             if folder and adapter:
                 apply_(model, adapter)
                 if candidate is candidates[-1]:
@@ -150,7 +153,7 @@ def _show(
 ) -> None:
     """Prints the tables and the verdict."""
     if table:
-        show_scores(ScoreTable([one.row for one in table], differences, table[-1].units), report)
+        show_scores(ScoreTable([one.row for one in table], differences, table[-1].units), report, verdict)
     show_probes(found, report)
     show_verdict(verdict, report)
 
@@ -226,12 +229,12 @@ def _candidates(schemes: Sequence[Scheme], source: Source, config: Config, hardw
     options, model_options = config[EvaluateOptions], config[ModelOptions]
     plain, stored = scheme_named("none"), stored_scheme(source)
     precise = full_precision(hardware) if model_options.dtype == "auto" else hardware
-    tuned = ("tuned",) if options.adapter else ()
+    tuned = (TUNED,) if options.adapter else ()
 
     def untuned(scheme: Scheme) -> str:
         if has_embedded_adapter(source):
-            return "tuned"
-        return "base" if scheme.name == stored.name == "none" else "quantized"
+            return TUNED
+        return BASE if scheme.name == stored.name == "none" else QUANTIZED_BASE
 
     def hardware_for(scheme: Scheme) -> Hardware:
         # A base without an adapter is evaluated in full precision; a tuned model in its compute dtype.
@@ -242,7 +245,7 @@ def _candidates(schemes: Sequence[Scheme], source: Source, config: Config, hardw
     scheme = chosen_scheme(model_options, source)
     base = options.base and scheme is not plain and stored is plain
     return [
-        *([Candidate(plain, precise, ("base",))] if base else []),
+        *([Candidate(plain, precise, (BASE,))] if base else []),
         Candidate(scheme, hardware_for(scheme), (untuned(scheme), *tuned)),
     ]
 

@@ -15,6 +15,8 @@ import yaml
 
 from octavo._version import __version__
 from octavo.runs import events
+from octavo.runs.interval import Interval
+from octavo.runs.loss_unit import NATS, LossUnit, unit_of
 from octavo.runs.verdict import verdict_of
 
 MAX_FILES = 200  # of the data that are listed; ledger.json of the run has all
@@ -67,23 +69,34 @@ def _results(about: About) -> list[str]:
     evaluation = events.last(about.events, events.Evaluation)
     if evaluation is None or not evaluation.rows:
         return []
-    lines = [
-        "| model | weights | loss (nats a token) | 95 % interval | perplexity | bits per byte | tokens | context |"
-    ]
-    lines.append("|---|---|---|---|---|---|---|---|")
+    lines = ["| model | weights | bits per byte | 95 % interval | perplexity | tokens | context |"]
+    lines.append("|---|---|---|---|---|---|---|")
     for row in evaluation.rows:
-        bounds = f"{row.interval.low:.4f} to {row.interval.high:.4f}" if row.interval else "-"
-        numbers = (_number(row.loss), bounds, _number(row.perplexity), _number(row.bits_per_byte))
+        unit = unit_of(row)
+        bounds = _interval(row.interval, unit) if row.interval and unit is not NATS else "-"
+        numbers = (_number(row.bits_per_byte), bounds, _number(row.perplexity))
         counts = [f"{count:,}" if count is not None else "-" for count in (row.tokens, row.context)]
         lines.append("| " + " | ".join([row.name, row.scheme, *numbers, *counts]) + " |")
     sentences = _sentences(about)
+    rows = {(row.name, row.scheme): row for row in evaluation.rows}
     differences = [
-        f"The loss of {one.after} is lower than that of {one.before} by {one.lower_by:.4f} nats per token"
-        + (f", 95 % interval {one.interval.low:.4f} to {one.interval.high:.4f}." if one.interval else ".")
+        _difference(one, unit_of(rows.get((one.before, one.before_scheme))))
         for one in evaluation.differences
         if one.lower_by is not None
     ]
     return ["## Held-out text", "\n".join(f"- {each}" for each in sentences), "\n".join(lines), "\n".join(differences)]
+
+
+def _difference(one: events.Difference, unit: LossUnit) -> str:
+    assert one.lower_by is not None
+    interval = f", 95 % interval {_interval(one.interval, unit)}" if one.interval else ""
+    size = f"{unit.of(one.lower_by):.4f} {unit.name}"
+    return f"The loss of {one.after} is lower than that of {one.before} by {size}{interval}."
+
+
+def _interval(bounds: Interval, unit: LossUnit) -> str:
+    low, high = unit.bounds(bounds)
+    return f"{low:.4f} to {high:.4f}"
 
 
 def _sentences(about: About) -> list[str]:

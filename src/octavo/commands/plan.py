@@ -87,17 +87,17 @@ def plan(config: Config, report: Report) -> dict[str, Any]:
     shape = f"{config[TrainOptions].batch_size} x {config[TextOptions].seq_len}"
     title = f"{model_options.model}: {shape} in {budget / GIB:.1f} GiB"
     report.table(title, titles, [_cells(row) for row in rows], result=True)
-    report.say(
+    report.explain(
         "peak GiB: the forecast of the plan. least --gpu-memory: the smallest limit, in GiB, with which the scheme "
         f"fits{_margin(options)}. full layers: the layers that keep all activations for backward; the others "
         "recompute them. The plan is of rows with one document each: rows of several short documents take more."
     )
     time_basis = _time_basis(gpu, name, options)
-    report.say(time_basis)
+    report.explain(time_basis)
     flops = rows[0]["flops_per_token"]
     total = sum(flops.values())
     shares = ", ".join(f"{name} {100 * value / total:.0f} %" for name, value in flops.items())
-    report.say(f"Each token of training is {total / 1e9:.1f} GFLOP ({shares}), without what is recomputed.")
+    report.explain(f"Each token of training is {total / 1e9:.1f} GFLOP ({shares}), without what is recomputed.")
     first = next((row for row in rows if row["fits"]), None)
     if first is None:
         raise too_small(config, source, SCHEMES[chosen], hardware, gpu, rows[0]["least_bytes"], budget)

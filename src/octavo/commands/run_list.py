@@ -13,6 +13,7 @@ from octavo.commands.run_summary import RunSummary, summarize
 from octavo.config import Config, RunsOptions
 from octavo.errors import UsageError
 from octavo.reporting import Report, shown
+from octavo.runs.loss_unit import NATS
 
 # Folders that contain no runs of the user, but thousands of folders.
 NOT_SEARCHED = frozenset({"node_modules", "__pycache__", "site-packages", "venv"})
@@ -128,7 +129,7 @@ def _is_run(names: Iterable[str]) -> bool:
 
 
 def _show(summaries: list[RunSummary], report: Report) -> None:
-    columns = ["run", "state", "steps", "model", "data", "perplexity", "loss lower by", "tokens/s", "started (UTC)"]
+    columns = ["run", "state", "steps", "model", "data", "perplexity", "gain", "tokens/s", "started (UTC)"]
     cells = [
         [
             str(run.path),
@@ -151,9 +152,9 @@ def _show(summaries: list[RunSummary], report: Report) -> None:
         if run.problem:
             report.result(f"{run.path}: {run.problem}")
     if any(run.perplexity_after is not None for run in summaries):
-        report.say(
-            "loss lower by: nats per token, with the 95% interval. Perplexities on other held-out text or of another "
-            "tokenizer cannot be compared: `octavo compare` checks this."
+        report.explain(
+            "gain: in bits per byte of the held-out text, with the 95% interval. Perplexities on other held-out text "
+            "or of another tokenizer cannot be compared: `octavo compare` checks this."
         )
 
 
@@ -172,9 +173,12 @@ def _change(run: RunSummary) -> str:
 def _gain(run: RunSummary) -> str:
     if run.difference is None or run.difference.lower_by is None:
         return ""
-    bounds = run.difference.interval
-    interval = f" ({shown(bounds.low)} to {shown(bounds.high)})" if bounds else ""
-    return shown(run.difference.lower_by) + interval
+    interval = ""
+    if run.difference.interval:
+        low, high = run.unit.bounds(run.difference.interval)
+        interval = f" ({shown(low)} to {shown(high)})"
+    name = f" {run.unit.name}" if run.unit is NATS else ""
+    return shown(run.unit.of(run.difference.lower_by)) + name + interval
 
 
 def _base_name(path: str) -> str:

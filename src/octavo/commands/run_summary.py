@@ -16,6 +16,7 @@ from octavo.failures import explained
 from octavo.runs import events
 from octavo.runs.events import Event, ScoreRow, Step
 from octavo.runs.folder import RunFolder
+from octavo.runs.loss_unit import NATS, LossUnit, unit_of
 from octavo.runs.metrics_ends import read_ends
 from octavo.runs.packed_numbers import unpack_counts, unpack_floats
 from octavo.system import is_locked
@@ -37,6 +38,7 @@ class RunSummary:
     perplexity_before: float | None = None
     perplexity_after: float | None = None
     difference: events.Difference | None = None
+    unit: LossUnit = NATS  # in which the difference is shown
     tokens_per_second: float | None = None
     started: str | None = None  # UTC, ISO 8601
     device: str = ""
@@ -88,6 +90,7 @@ def summary_of(
         before,
         after,
         evaluation.differences[-1] if evaluation and evaluation.differences else None,
+        unit_of(evaluation.rows[-1] if evaluation and evaluation.rows else None),
         median(map(float, speeds[-SPEED_STEPS:])) if speeds else None,
         started,
         hardware.name if hardware else "",

@@ -1,4 +1,4 @@
-"""The perplexity table of `octavo evaluate` and `octavo finetune`, with 95 % intervals of the losses."""
+"""The table of scores of `octavo evaluate` and `octavo finetune`: bits per byte with 95 % intervals, and perplexity."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from octavo.metrics import Score, score
 from octavo.models import Decoder
 from octavo.ops.scheme import Scheme
 from octavo.reporting import Report, shown
-from octavo.runs.events import Difference, Event, FileDifference, Interval, ScoreRow
+from octavo.runs.events import Difference, Event, FileDifference, ScoreRow
+from octavo.runs.loss_unit import NATS, LossUnit, unit_of
 from octavo.runs.probe_sentences import probe_table
 from octavo.runs.verdict import Verdict
 
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 
 MAX_FILES = 1000  # whose differences are recorded
+# Names of rows: the model before training in full precision, the same with quantized weights, and after training.
+BASE, QUANTIZED_BASE, TUNED = "base", "quantized base", "tuned"
 
 
 @dataclass(frozen=True)
@@ -112,11 +115,19 @@ def show_probes(found: Sequence[Event], report: Report) -> None:
         report.table("Learned, forgot and copied", columns, rows, result=True)
 
 
-def show_scores(table: ScoreTable, report: Report) -> None:
-    """Prints the perplexity table, with the size of the frozen weights if all rows have one, and the losses."""
+def show_scores(table: ScoreTable, report: Report, verdict: Verdict | None = None) -> None:
+    """Prints the table of scores, with the size of the frozen weights if all rows have one, and the differences.
+
+    The last difference is left out if `verdict`, which is printed after it, says it.
+    """
     rows = table.rows
-    columns = ["name", "scheme", "perplexity", "bits_per_byte", "tokens"]
-    cells = [[getattr(row, column) for column in columns] for row in rows]
+    columns = ["name", "scheme", "bits per byte", "perplexity", "tokens"]
+    cells: list[list[object]] = [[row.name, row.scheme, row.bits_per_byte, row.perplexity, row.tokens] for row in rows]
+    has_intervals = table.units is not None and any(row.interval for row in rows)
+    if has_intervals:
+        columns.insert(3, "95% interval")
+        for line, row in zip(cells, rows, strict=True):
+            line.insert(3, _bounds(row))
     shares = [row.also_in_training for row in rows if row.also_in_training is not None]
     if len(shares) == len(rows):
         columns = [*columns, "also in training"]
@@ -125,8 +136,9 @@ def show_scores(table: ScoreTable, report: Report) -> None:
     if len(sizes) == len(rows):
         columns = [*columns, "MiB"]
         cells = [[*line, size / 2**20] for line, size in zip(cells, sizes, strict=True)]
-    report.table(f"Perplexity{context_text(rows)}", columns, cells, result=True)
-    _show_losses(table, report)
+    over = f"; intervals over {table.units.described}" if table.units and has_intervals else ""
+    report.table(f"Scores{context_text(rows)}{over}", columns, cells, result=True)
+    _show_differences(table, report, stated=verdict is not None and verdict.gain is not None)
     for row in rows:
         if row.perplexity is None or not math.isfinite(row.perplexity):
             report.warn(
@@ -144,49 +156,51 @@ def context_text(rows: Sequence[ScoreRow]) -> str:
     return f" with a sliding window of {context:,} tokens, stride {stride:,}"
 
 
-def _show_losses(table: ScoreTable, report: Report) -> None:
-    """Prints the losses with their intervals, or why there are none, and the differences."""
-    rows = [row for row in table.rows if row.loss is not None]
-    if not rows or table.units is None:
-        return
+def _show_differences(table: ScoreTable, report: Report, *, stated: bool) -> None:
+    """Prints why there are no intervals, and the differences; without the last one if it is `stated` elsewhere."""
     units = table.units
-    has_intervals = any(row.interval for row in rows)
-    title = f"Loss in nats per token{f'; intervals over {units.described}' * has_intervals}"
-    columns = ["name", "scheme", "loss", *(["95% interval"] if has_intervals else [])]
-    cells = [[row.name, row.scheme, row.loss, *([_bounds(row.interval)] if has_intervals else [])] for row in rows]
-    report.table(title, columns, cells, result=True)
+    if units is None or all(row.loss is None for row in table.rows):
+        return
     if len(units.nats) < MIN_UNITS:
         documents = f"{units.documents:,} document{'s' * (units.documents != 1)}"
         report.result(
             f"There is no 95% interval: it needs {MIN_UNITS} documents or rows, and the text has {documents} in "
             f"{units.rows:,} row{'s' * (units.rows != 1)}."
         )
-    for one in table.differences:
+    by_name = {(row.name, row.scheme): row for row in table.rows}
+    for one in table.differences[: len(table.differences) - stated]:
         if one.lower_by is not None and math.isfinite(one.lower_by):
-            report.result(difference_text(one, units))
+            row = by_name.get((one.before, one.before_scheme))
+            report.result(difference_text(one, units, unit_of(row)))
 
 
-def difference_text(one: Difference, units: Units) -> str:
-    """A difference as a sentence."""
+def difference_text(one: Difference, units: Units, unit: LossUnit) -> str:
+    """A difference as a sentence, in the unit of the text."""
     assert one.lower_by is not None
+    lower_by = unit.of(one.lower_by)
     sign, word = (-1, "higher") if one.lower_by < 0 else (1, "lower")
     same_scheme = one.before_scheme == one.after_scheme
     before, after = (
         name if same_scheme else f"{name} ({scheme})"
         for name, scheme in ((one.before, one.before_scheme), (one.after, one.after_scheme))
     )
-    text = f"The loss of {after} is {shown(abs(one.lower_by))} nats per token {word} than that of {before}"
-    if no_difference := abs(one.lower_by) < 5e-4:
-        digits = " to three decimals" if one.lower_by else ""
+    text = f"The loss of {after} is {shown(abs(lower_by))} {unit.name} {word} than that of {before}"
+    if no_difference := abs(lower_by) < 5e-4:
+        digits = " to three decimals" if lower_by else ""
         sign, text = 1, f"There is no difference between the losses of {after} and {before}{digits}"
     if one.interval is None:
         reason = "the losses before training are not in the checkpoint"
         return f"{text}." if len(units.nats) < MIN_UNITS else f"{text}; it has no interval: {reason}."
-    low, high = sorted((sign * one.interval.low, sign * one.interval.high))
+    low, high = sorted(sign * bound for bound in unit.bounds(one.interval))
     text = f"{text} (95% interval {shown(low)} to {shown(high)}, over the same {units.described})."
     clear = no_difference or low > 0
     return text if clear else f"{text} The interval contains 0: this text does not show which is better."
 
 
-def _bounds(bounds: Interval | None) -> str:
-    return f"{shown(bounds.low)} to {shown(bounds.high)}" if bounds else ""
+def _bounds(row: ScoreRow) -> str:
+    """The interval of the bits per byte."""
+    unit = unit_of(row)
+    if row.interval is None or unit is NATS:
+        return ""
+    low, high = unit.bounds(row.interval)
+    return f"{shown(low)} to {shown(high)}"

@@ -11,12 +11,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 
-COUNTS = ("tokens", "trained", "masked", "left_out", "padding", "repeated_bos", "documents", "dropped", "skipped")
+COUNTS = (
+    "tokens", "trained", "masked", "left_out", "padding", "repeated_bos", "documents", "dropped", "copies", "skipped",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class FileLedger:
-    """The counts of one file, in tokens, except for the last three."""
+    """The counts of one file, in tokens, except for the last four."""
 
     source: str
     tokens: int = 0  # all tokens of its documents
@@ -27,6 +29,7 @@ class FileLedger:
     repeated_bos: int = 0  # BOS tokens before the parts of long documents but the first; not in `tokens`
     documents: int = 0  # documents that were read
     dropped: int = 0  # documents left out whole: too short, copies, held out too, or with too few distinct tokens
+    copies: int = 0  # documents with the tokens of an earlier one, which --deduplicate drops
     skipped: int = 0  # records that could not be read, or the file itself; they are in no other count
 
     def plus(self, **counts: int) -> FileLedger:
@@ -62,6 +65,7 @@ class Ledger:
     repeated_bos: int
     documents: int
     dropped: int
+    copies: int
     skipped: int
     rows: int
     files: tuple[FileLedger, ...]

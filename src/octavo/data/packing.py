@@ -92,7 +92,7 @@ def pack(
     """
     if seq_len < 1:
         raise UsageError(f"rows of {seq_len} tokens.", hint="--seq-len must be at least 1; 512 is usual.")
-    kept = _kept(tokens, min_unique_tokens=min_unique_tokens, deduplicate=deduplicate, excluded=excluded)
+    kept, copies = _kept(tokens, min_unique_tokens=min_unique_tokens, deduplicate=deduplicate, excluded=excluded)
     begin = np.array(bos_ids, dtype=np.int32)
     pieces = [
         piece
@@ -101,7 +101,7 @@ def pack(
         for piece in _pieces(index, document.ids, seq_len, begin=begin, truncate=truncate)
     ]
     rows = _best_fit(pieces, seq_len)
-    ledger = _ledger(tokens, rows, seq_len=seq_len, skipped=skipped)
+    ledger = _ledger(tokens, rows, copies, seq_len=seq_len, skipped=skipped)
     ledger.check(seq_len=seq_len)
     return _fill(rows, tokens, seq_len=seq_len, pad_id=pad_id, begin=begin), ledger
 
@@ -129,7 +129,7 @@ def pack_windows(
             f"a sliding window of {window:,} tokens with a stride of {stride:,}.",
             hint=f"--stride must be at least 1 and at most {window - len(begin):,}; half of --window is usual.",
         )
-    kept = _kept(tokens, min_unique_tokens=min_unique_tokens, deduplicate=deduplicate)
+    kept, _ = _kept(tokens, min_unique_tokens=min_unique_tokens, deduplicate=deduplicate)
     pieces, seen = [], {}  # seen: (document, start of a window) -> its inputs that an earlier window has
     for index, document in enumerate(tokens):
         if kept[index]:
@@ -164,14 +164,16 @@ def most_documents(rows: Sequence[Row]) -> int:
 
 def _kept(
     tokens: Sequence[Tokens], *, min_unique_tokens: int, deduplicate: bool, excluded: Collection[int] = ()
-) -> list[bool]:
-    """Of each document whether it is packed."""
+) -> tuple[list[bool], list[int]]:
+    """(of each document whether it is packed, the indices of those that are copies of earlier ones)."""
     kept = [len(document.ids) >= 2 and _enough(document.ids, min_unique_tokens) for document in tokens]
     for index in excluded:
         kept[index] = False
+    copies = _copies(tokens, kept)
     if deduplicate:
-        _drop_copies(tokens, kept)
-    return kept
+        for index in copies:
+            kept[index] = False
+    return kept, copies
 
 
 def _windows(
@@ -192,13 +194,17 @@ def _enough(ids: npt.NDArray[np.int32], min_unique_tokens: int) -> bool:
     return min_unique_tokens <= 1 or len(np.unique(ids)) >= min_unique_tokens
 
 
-def _drop_copies(tokens: Sequence[Tokens], kept: list[bool]) -> None:
+def _copies(tokens: Sequence[Tokens], kept: Sequence[bool]) -> list[int]:
+    """The indices of the `kept` documents with the tokens of an earlier one, of which the same are trained."""
     seen: set[bytes] = set()
+    copies = []
     for index, document in enumerate(tokens):
         content = document.ids.tobytes() + document.trained.tobytes()
         digest = hashlib.blake2b(content, digest_size=16).digest()
-        kept[index] = kept[index] and digest not in seen
+        if kept[index] and digest in seen:
+            copies.append(index)
         seen.add(digest)
+    return copies
 
 
 def _pieces(
@@ -289,7 +295,12 @@ def _fill(
 
 
 def _ledger(
-    tokens: Sequence[Tokens], rows: Sequence[Sequence[_Piece]], *, seq_len: int, skipped: Sequence[Skipped]
+    tokens: Sequence[Tokens],
+    rows: Sequence[Sequence[_Piece]],
+    copies: Sequence[int],
+    *,
+    seq_len: int,
+    skipped: Sequence[Skipped],
 ) -> Ledger:
     """The ledger of the rows, counted from the pieces that are in them: a mistake of packing would show in it."""
     next_tokens = [0] * len(tokens)
@@ -318,6 +329,9 @@ def _ledger(
             documents=1,
             dropped=1 - input_only,
         )
+    for index in copies:
+        source = tokens[index].source
+        files[source] = files[source].plus(copies=1)
     for bad in skipped:
         files[bad.source] = files[bad.source].plus(skipped=1)
     return total(files.values(), rows=len(rows))

@@ -42,7 +42,7 @@ def _side(name: str, side: dict[str, Any]) -> str:
     keys: list[str] = [
         key for key in ("documents", "tokens", "trained", "masked", "left_out", "padding") if key in side
     ]
-    keys += ["repeated_bos"] if side.get("repeated_bos") else []
+    keys += [key for key in ("repeated_bos", "copies") if side.get(key)]
     files = sorted(side.get("files", ()), key=lambda file: -file.get("tokens", 0))
     rows = [
         [last_name(str(file.get("source", ""))), *(file.get(key, "") for key in keys)] for file in files[:MAX_FILES]

@@ -32,7 +32,7 @@ def header(
 ) -> str:
     """The title, a line about model, device and date, and the figures. `written`: the time of the last event."""
     about = [last_name(settings.get("model", "")), *_base(events, settings), _device(events), _date(written)]
-    figures = [figure for figure in (_perplexity(events), _gain(verdict), _trained(events), _time(events)) if figure]
+    figures = [figure for figure in (_gain(verdict), _perplexity(events), _trained(events), _time(events)) if figure]
     cards = "".join(
         f'<div class="figure {one.css_class}"><span>{text(one.name)}</span><b>{text(one.value)}</b>'
         f"<span>{text(one.below)}</span></div>"
@@ -49,19 +49,19 @@ def header(
 
 
 def summary(events: Sequence[Event]) -> str:
-    """The run in one line: steps, training loss, and the perplexity of the last row against that of the first."""
+    """The run in one line: steps, training loss, and bits per byte and perplexity of the first and the last row."""
     losses = [(float(step.step), loss) for step in only(events, Step) if (loss := finite(step.loss)) is not None]
     newest = last(events, Step)
     parts = [f"{newest.step:,} step{'s' * (newest.step != 1)}"] if newest else []
     if parts:
         parts[0] += f", training loss {smooth(losses)[-1][1]:.3f}" if losses else " without a trained token"
-    rows = [(row.name, perplexity) for row in rows_of(events) if (perplexity := finite(row.perplexity))]
+    rows = [row for row in rows_of(events) if finite(row.perplexity)]
     if len(rows) > 1:
-        (first, before), (name, after) = rows[0], rows[-1]
-        change = 100 * (after / before - 1)
-        parts.append(
-            f"perplexity {shown(after)} ({name}), {abs(change):.1f} % {'under' if change < 0 else 'over'} {first}"
-        )
+        before, after = rows[0], rows[-1]
+        change = f"perplexity {_shown(before.perplexity)} -> {_shown(after.perplexity)}"
+        if finite(before.bits_per_byte) is not None and finite(after.bits_per_byte) is not None:
+            change = f"{_shown(before.bits_per_byte)} -> {_shown(after.bits_per_byte)} bits per byte, {change}"
+        parts.append(f"{change} ({before.name} -> {after.name})")
     elif not rows:
         parts.append("not evaluated yet: the run is still in progress or was interrupted")
     return "; ".join(parts)
@@ -71,6 +71,10 @@ def rows_of(events: Sequence[Event]) -> tuple[ScoreRow, ...]:
     """The rows of the last perplexity table; () before the run's end."""
     evaluation = last(events, Evaluation)
     return evaluation.rows if evaluation else ()
+
+
+def _shown(value: float | None) -> str:
+    return "?" if value is None else shown(value)
 
 
 def finite(value: float | None) -> float | None:
@@ -105,13 +109,8 @@ def _perplexity(events: Sequence[Event]) -> Figure | None:
     return Figure(
         "Held-out perplexity",
         f"{shown(before)} {ARROW} {shown(after)}",
-        f"{percent(after, before)}, {first} {ARROW} {newest}",
+        f"{first} {ARROW} {newest}",
     )
-
-
-def percent(after: float, before: float) -> str:
-    """The relative change with a true minus sign."""
-    return f"{100 * (after / before - 1):+.1f} %".replace("-", MINUS)
 
 
 def _gain(verdict: Verdict) -> Figure | None:

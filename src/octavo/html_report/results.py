@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from octavo.html_report.elements import section, table, text
-from octavo.html_report.header import MINUS, finite, percent, rows_of
+from octavo.html_report.header import MINUS, finite, rows_of
 from octavo.html_report.paths import last_name, without_folders
 from octavo.reporting import shown
 from octavo.runs.events import Difference, Evaluation, Event, FileDifference, Overlap, last
+from octavo.runs.interval import Interval
+from octavo.runs.loss_unit import NATS, LossUnit, unit_of
 from octavo.runs.verdict import Verdict
 
 FILES_SHOWN = 12  # rows of the table by file; the others are folded
@@ -25,15 +27,13 @@ def perplexities(events: Sequence[Event]) -> str:
     rows = rows_of(events)
     if not rows:
         return ""
-    base = finite(rows[0].perplexity)
     cells: list[list[object]] = []
     for row in rows:
-        perplexity = finite(row.perplexity)
-        change = percent(perplexity, base) if perplexity and base and row is not rows[0] else ""
-        bounds = f"{shown(row.interval.low)} to {shown(row.interval.high)}" if row.interval else ""
-        values = [row.name, row.scheme, row.perplexity, row.bits_per_byte, row.loss]
-        cells.append([*("" if value is None else value for value in values), bounds, change])
-    columns = "model", "scheme", "perplexity", "bits per byte", "loss", "95 % interval", "perplexity changed"
+        unit = unit_of(row)
+        bounds = _interval(row.interval, unit) if unit is not NATS else ""
+        values = [row.name, row.scheme, row.bits_per_byte, bounds, row.perplexity]
+        cells.append(["" if value is None else value for value in values])
+    columns = "model", "scheme", "bits per byte", "95 % interval", "perplexity"
     parts = table(columns, cells, text_columns=2) + _measured_on(events) + _differences(events) + _overlap(events)
     return section("Held-out text", parts + _files(events))
 
@@ -43,23 +43,27 @@ def _measured_on(events: Sequence[Event]) -> str:
     tokens = f"On {row.tokens:,} tokens" if row.tokens is not None else ""
     context = f", each predicted from up to {row.context:,} tokens before it" if tokens and row.context else ""
     stride = f", by a window that moves {row.stride:,} tokens" if context and row.stride else ""
-    return f'<p class="caption">{text(tokens + context + stride)}. Loss in nats per token.</p>' if tokens else ""
+    return f'<p class="caption">{text(tokens + context + stride)}.</p>' if tokens else ""
 
 
 def _differences(events: Sequence[Event]) -> str:
     """How much lower the loss of the tuned model is."""
     evaluation = last(events, Evaluation)
-    sentences = [_difference(one) for one in (evaluation.differences if evaluation else ())]
+    rows = {(row.name, row.scheme): row for row in (evaluation.rows if evaluation else ())}
+    sentences = [
+        _difference(one, unit_of(rows.get((one.before, one.before_scheme))))
+        for one in (evaluation.differences if evaluation else ())
+    ]
     found = "; ".join(sentence for sentence in sentences if sentence)
     return f'<p class="caption">{text(found)}.</p>' if found else ""
 
 
-def _difference(one: Difference) -> str:
+def _difference(one: Difference, unit: LossUnit) -> str:
     if one.lower_by is None or one.interval is None:
         return ""
     return (
-        f"loss of {one.before} {MINUS} loss of {one.after}: {shown(one.lower_by)} nats per token (95 % interval "
-        f"{shown(one.interval.low)} to {shown(one.interval.high)}, over {one.interval.units:,} {one.interval.over})"
+        f"loss of {one.before} {MINUS} loss of {one.after}: {shown(unit.of(one.lower_by))} {unit.name} (95 % "
+        f"interval {_interval(one.interval, unit)}, over {one.interval.units:,} {one.interval.over})"
     )
 
 
@@ -88,15 +92,25 @@ def _files(events: Sequence[Event]) -> str:
     )
     if len(files) < 2:
         return ""
-    columns = "held-out file", "tokens", "loss lower by", "95 % interval"
-    first, rest = files[:FILES_SHOWN], files[FILES_SHOWN:]
-    parts = "<h3>By file</h3>" + table(columns, map(_file, first), text_columns=1)
+    assert evaluation is not None
+    unit = unit_of(evaluation.rows[-1] if evaluation.rows else None)
+    columns = "held-out file", "tokens", f"gain in {unit.name}", "95 % interval"
+    lines = [_file(one, unit) for one in files]
+    first, rest = lines[:FILES_SHOWN], lines[FILES_SHOWN:]
+    parts = "<h3>By file</h3>" + table(columns, first, text_columns=1)
     if rest:
-        more = table(columns, map(_file, rest), text_columns=1)
+        more = table(columns, rest, text_columns=1)
         parts += f"<details><summary>{text(f'{len(rest):,} smaller files')}</summary>{more}</details>"
     return parts
 
 
-def _file(one: FileDifference) -> list[object]:
-    bounds = f"{shown(one.interval.low)} to {shown(one.interval.high)}" if one.interval else ""
-    return [last_name(one.source), one.tokens, one.lower_by, bounds]
+def _file(one: FileDifference, unit: LossUnit) -> list[object]:
+    assert one.lower_by is not None
+    return [last_name(one.source), one.tokens, unit.of(one.lower_by), _interval(one.interval, unit)]
+
+
+def _interval(bounds: Interval | None, unit: LossUnit) -> str:
+    if bounds is None:
+        return ""
+    low, high = unit.bounds(bounds)
+    return f"{shown(low)} to {shown(high)}"

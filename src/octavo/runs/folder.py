@@ -142,10 +142,10 @@ def held(folder: RunFolder, *, settings: str, resume: bool, startable: bool) -> 
     folder is as before, so that a corrected call finds no run in it. UsageError if the folder contains another run and
     `resume` is not set, or no run to resume and no data to start one (`startable`).
     """
-    _check(folder, resume=resume, startable=startable)  # before the folder is created
+    check_usable(folder, resume=resume, startable=startable)  # before the folder is created
     existed = folder.path.exists()
     with lock(folder.path):
-        _check(folder, resume=resume, startable=startable)  # another process may have trained here until now
+        check_usable(folder, resume=resume, startable=startable)  # another process may have trained here until now
         sweep(folder.path)
         sweep(folder.checkpoints)
         fresh = not folder.contents()
@@ -163,7 +163,8 @@ def held(folder: RunFolder, *, settings: str, resume: bool, startable: bool) -> 
             raise
 
 
-def _check(folder: RunFolder, *, resume: bool, startable: bool) -> None:
+def check_usable(folder: RunFolder, *, resume: bool, startable: bool) -> None:
+    """UsageError unless a run can begin in the folder, or with `resume` go on (`held`). Changes nothing."""
     path = folder.path
     if path.exists() and not path.is_dir():
         raise UsageError(f"--out {path} is not a folder.", hint="Choose another path for the run folder.")

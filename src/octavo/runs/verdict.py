@@ -8,7 +8,7 @@ Every decision is one of an interval at 95 %, never of a constant:
 - still falling: the interval of the fall at the last evaluation excludes 0, and one more pass at that rate would change
   the loss by more than the uncertainty of the gain.
 
-Bits per byte are nats per token times a factor of the text, so intervals of one are intervals of the other.
+Every size is in bits per byte (loss_unit.py).
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from octavo.runs.events import (
     only,
 )
 from octavo.runs.interval import Interval, half_width, plus_minus
+from octavo.runs.loss_unit import NATS, LossUnit, unit_of
 from octavo.runs.probe_sentences import probe_sentences
 
 MAX_FILES = 5  # that the verdict names
@@ -66,17 +67,17 @@ def verdict_of(events: Sequence[Event]) -> Verdict:
     before, after = (_row(rows, difference, side) for side in ("before", "after"))
     if evaluation is None or difference is None or before is None or after is None or difference.lower_by is None:
         return Verdict(sentences=tuple(probe_sentences(events)))
-    factor = _bits_per_nat(before)
-    gain = None if factor is None else difference.lower_by * factor
-    if gain is None or not math.isfinite(gain):
+    unit = unit_of(before)
+    gain = difference.lower_by * unit.factor
+    if unit is NATS or not math.isfinite(gain):
         return Verdict(sentences=tuple(probe_sentences(events)))
     half = half_width(difference.interval)
     change: Change = "not measured"
     if half is not None:
         is_unclear = not gain or abs(difference.lower_by) <= half
         change = "unclear" if is_unclear else "better" if gain > 0 else "worse"
-    plus_minus = None if half is None or factor is None else half * factor
-    trend, percent, best, about_trend = _trend(only(events, HeldOut), half or 0.0)
+    plus_minus = None if half is None else half * unit.factor
+    trend, percent, best, about_trend = _trend(only(events, HeldOut), half or 0.0, unit)
     files = tuple(sorted((one for one in evaluation.files if _is_finite(one.lower_by)), key=_size)[:MAX_FILES])
     sentences = [_change_sentence(change, gain, plus_minus, difference, (before, after))]
     sentences += [about_trend] if about_trend else []
@@ -85,9 +86,9 @@ def verdict_of(events: Sequence[Event]) -> Verdict:
     if (cost := last(events, QuantizationCost)) and (sentence := _cost_sentence(cost.difference, rows)):
         sentences.append(sentence)
     sentences += probe_sentences(events)
-    if factor is not None and len(evaluation.files) > 1:
+    if len(evaluation.files) > 1:
         folder = _folder([one.source for one in evaluation.files])
-        sentences += [_file_sentence(one, one.source.removeprefix(folder), factor) for one in files]
+        sentences += [_file_sentence(one, one.source.removeprefix(folder), unit) for one in files]
     if cost is None and evaluation.step is not None and before.scheme != "none":
         sentences.append(
             f"What {before.scheme} costs against full precision was not measured: octavo evaluate --compare "
@@ -102,11 +103,6 @@ def _row(rows: Sequence[ScoreRow], difference: Difference | None, side: str) -> 
         return None
     named = getattr(difference, side), getattr(difference, f"{side}_scheme")
     return next((row for row in rows if (row.name, row.scheme) == named), None)
-
-
-def _bits_per_nat(row: ScoreRow) -> float | None:
-    """Bits per byte of a nat per token, a factor of the text: tokens / (bytes log 2)."""
-    return row.bits_per_byte / row.loss if row.bits_per_byte is not None and row.loss else None
 
 
 def _middle(bounds: Interval) -> float:
@@ -136,7 +132,7 @@ def _change_sentence(
     return f"{change.capitalize()} by {plus_minus(abs(gain), half)} bits per byte ({perplexities}){on}."
 
 
-def _trend(curve: Sequence[HeldOut], uncertainty: float) -> tuple[Trend, float | None, int | None, str]:
+def _trend(curve: Sequence[HeldOut], uncertainty: float, unit: LossUnit) -> tuple[Trend, float | None, int | None, str]:
     """(trend, percent a pass, best step, sentence) of the held-out losses during training.
 
     `uncertainty` is half the interval of the gain, in nats a token.
@@ -146,8 +142,7 @@ def _trend(curve: Sequence[HeldOut], uncertainty: float) -> tuple[Trend, float |
         return "not measured", None, None, ""
     if half_width(newest.rise) is None or half_width(newest.fall) is None:
         return "not measured", None, None, ""
-    if rise := clear_rise(newest, len(curve)):
-        higher = f"{rise} nats per token"
+    if higher := clear_rise(newest, len(curve), unit):
         if not newest.lowest_step:
             sentence = f"The held-out loss at step {newest.step:,} is higher than before training, by {higher}: "
             return "rising", None, None, f"{sentence}a lower --lr may help."
@@ -176,13 +171,16 @@ def _trend(curve: Sequence[HeldOut], uncertainty: float) -> tuple[Trend, float |
     )
 
 
-def clear_rise(event: HeldOut, earlier: int) -> str:
-    """How far the loss is above the lowest one of `earlier` evaluations, with its interval; "" if that is not clear."""
+def clear_rise(event: HeldOut, earlier: int, unit: LossUnit) -> str:
+    """How far the loss is above the lowest one of `earlier` evaluations, with its interval; "" if that is not clear.
+
+    `unit` is that of the text: "0.030 ± 0.010 bits per byte".
+    """
     half = half_width(event.rise)
     if event.rise is None or half is None:
         return ""
     rise, half = _middle(event.rise), half * _widened(earlier)
-    return plus_minus(rise, half) if rise > half else ""
+    return f"{plus_minus(unit.of(rise), unit.of(half))} {unit.name}" if rise > half else ""
 
 
 def _epochs(passes: float) -> str:
@@ -199,10 +197,10 @@ def _widened(earlier: int) -> float:
 def _cost_sentence(cost: Difference, rows: Sequence[ScoreRow]) -> str:
     """What the quantization cost."""
     before, half = _row(rows, cost, "before"), half_width(cost.interval)
-    factor = _bits_per_nat(before) if before else None
-    if factor is None or cost.lower_by is None or half is None:
+    unit = unit_of(before)
+    if unit is NATS or cost.lower_by is None or half is None:
         return ""
-    change, half = -cost.lower_by * factor, half * factor
+    change, half = -unit.of(cost.lower_by), unit.of(half)
     if abs(change) <= half:
         return f"What {cost.after_scheme} costs cannot be told: {plus_minus(change, half)} bits per byte."
     word = "costs" if change > 0 else "gains"
@@ -216,14 +214,14 @@ def _folder(sources: Sequence[str]) -> str:
     return "/".join(shared) + "/" if any(folders[0]) and shared else ""
 
 
-def _file_sentence(one: FileDifference, name: str, factor: float) -> str:
+def _file_sentence(one: FileDifference, name: str, unit: LossUnit) -> str:
     assert one.lower_by is not None
     half = half_width(one.interval)
     if half is None:
-        size = f"{one.lower_by * factor:+.3f} bits per byte, without an interval"
+        size = f"{unit.of(one.lower_by):+.3f} bits per byte, without an interval"
         return f"{name}: gain {size} (too few documents or rows)."
     unclear = " (not clear)" if abs(one.lower_by) <= half else ""
-    return f"{name}: gain {plus_minus(one.lower_by * factor, half * factor)} bits per byte{unclear}."
+    return f"{name}: gain {plus_minus(unit.of(one.lower_by), unit.of(half))} bits per byte{unclear}."
 
 
 def _is_finite(value: float | None) -> bool:

@@ -73,7 +73,8 @@ def test_the_terminal_shows_all_of_it(octavo: Octavo, tmp_path: Path) -> None:
     out = octavo("compare", a, b).out
     assert f"A  {a}\nB  {b}\n" in out
     assert "0.001" in out
-    assert "The loss of B (b) is 0.200 nats per token lower than that of A (a) (95% interval" in out
+    # 0.2 nats per token, times the tokens, over 10,000 bytes and log 2
+    assert f"The loss of B (b) is {bits([0.2] * len(LOSSES), 10_000):.4f} bits per byte lower than that of A (a)" in out
     assert "Its perplexity is 18.1 % lower" in out
     assert "A: one\nB: two" in out
     assert "rank" not in out

@@ -37,7 +37,7 @@ def test_the_demo_evaluates_the_base_in_full_precision_quantized_and_tuned(demo:
     assert done.code == 0
     assert [(row["name"], row["scheme"]) for row in done.json["rows"]] == [
         ("base", "none"),
-        ("quantized", "int8"),
+        ("quantized base", "int8"),
         ("tuned", "int8"),
     ]
 

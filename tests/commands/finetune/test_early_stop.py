@@ -18,6 +18,7 @@ from octavo.commands.finetune.unit_losses import next_of_curve, start_of_curve
 from octavo.errors import UsageError
 from octavo.intervals import DOCUMENTS, Units
 from octavo.runs.events import HeldOut
+from octavo.runs.loss_unit import LossUnit
 
 Tune = Callable[..., dict[str, Any]]
 N, TOKENS = 40, 100
@@ -40,7 +41,7 @@ def stops(losses: list[float], noise: float) -> tuple[int | None, str]:
     for number, loss in enumerate(losses[1:], 1):
         now = units(loss)
         event, curve = next_of_curve(HeldOut(number, loss, math.exp(loss)), curve, now)
-        watch, reason = watched(watch, event, now)
+        watch, reason = watched(watch, event, now, LossUnit(0.5, "bits per byte"))
         if reason:
             return number, reason
     return None, ""
@@ -61,7 +62,8 @@ def test_a_run_whose_loss_is_flat_stops_after_two_evaluations_in_a_row() -> None
 def test_a_run_whose_loss_clearly_rises_stops_at_once() -> None:
     number, reason = stops([0.0, -1.0, -2.0, -1.5, -1.0], noise=0.05)
     assert number == 3
-    assert reason.endswith("higher than at step 2")
+    assert reason.endswith("bits per byte higher than at step 2")
+    assert 0.24 < float(reason.split("loss is ")[1].split()[0]) < 0.26  # half of 0.5 nats per token
 
 
 def test_the_state_survives_a_checkpoint() -> None:

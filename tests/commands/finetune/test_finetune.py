@@ -93,13 +93,13 @@ def test_the_gain_on_the_held_out_text_has_an_interval_also_in_a_resumed_run(tun
     out = tmp_path / "run"
     result = tune(out, seq_len=12)  # 12 rows of the one play
     (base, tuned), [gain] = result["rows"], result["differences"]
-    assert (gain["before"], gain["after"]) == ("quantized", "tuned")
+    assert (gain["before"], gain["after"]) == ("quantized base", "tuned")
     assert gain["before_scheme"] == gain["after_scheme"] == "int8"
     assert gain["lower_by"] == base["loss"] - tuned["loss"] > 0
     assert 0 < gain["interval"]["low"] < gain["lower_by"] < gain["interval"]["high"]
     assert gain["interval"]["over"] == "rows in order", "the held-out text is one play"
     assert events(out, "evaluation")[-1]["differences"] == [gain]
-    assert "loss of quantized" in (out / "report.html").read_text()
+    assert "loss of quantized base" in (out / "report.html").read_text()
     stopped = tmp_path / "stopped"
     assert tune(stopped, seq_len=12, stop_after=3)["differences"] == []
     resumed = tune(stopped, seq_len=12, resume=True)

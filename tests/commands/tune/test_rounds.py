@@ -14,6 +14,7 @@ from octavo.commands.tune.rounds import (
     Costs,
     finalists,
     learning_rates,
+    least_seconds,
     other_ranks,
     steps_of_first_rounds,
     steps_of_last_round,
@@ -39,23 +40,25 @@ def test_the_second_round_has_the_other_ranks_at_the_best_rate() -> None:
 
 
 @pytest.mark.parametrize(
-    ("share", "rate"), [(1.0, 1e-3), (0.5, 1e-3), (0.26, 3e-4), (0.1, 3e-4), (0.02, 1e-4), (1e-6, 1e-4)]
+    ("share", "rate"), [(1.0, 1e-3), (0.2, 1e-3), (0.1, 3e-4), (0.01, 3e-4), (0.001, 1e-4), (1e-9, 1e-4)]
 )
-def test_the_learning_rate_of_short_trials_is_scaled_to_a_whole_run(share: float, rate: float) -> None:
-    assert finalists(GRID, {**OF_RATES, DEFAULT: 2.5}, DEFAULT, share=share) == [Cell(rate, 16), DEFAULT]
+def test_the_learning_rate_of_short_trials_is_scaled_to_a_whole_run_of_one_pass(share: float, rate: float) -> None:
+    losses = {**OF_RATES, DEFAULT: 2.5}
+    assert finalists(GRID, losses, DEFAULT, share=share, passes=0.9) == [Cell(rate, 16), DEFAULT]
+    assert finalists(GRID, losses, DEFAULT, share=share, passes=4.0) == [Cell(1e-3, 16), DEFAULT]
 
 
 def test_a_better_rank_is_a_finalist_at_the_scaled_rate() -> None:
     found = {**OF_RATES, Cell(1e-3, 4): 0.9, Cell(1e-3, 64): 1.2, DEFAULT: 2.5}
-    assert finalists(GRID, found, DEFAULT, share=0.26) == [Cell(3e-4, 16), DEFAULT, Cell(3e-4, 4)]
+    assert finalists(GRID, found, DEFAULT, share=0.1, passes=1.0) == [Cell(3e-4, 16), DEFAULT, Cell(3e-4, 4)]
     worse = {**found, Cell(1e-3, 4): 1.1}
-    assert finalists(GRID, worse, DEFAULT, share=0.26) == [Cell(3e-4, 16), DEFAULT]
+    assert finalists(GRID, worse, DEFAULT, share=0.1, passes=1.0) == [Cell(3e-4, 16), DEFAULT]
 
 
 def test_trials_that_diverged_are_no_finalists() -> None:
     found = {Cell(1e-3, 16): math.nan, Cell(3e-3, 16): math.inf, Cell(3e-4, 16): 2.0, DEFAULT: 9.0}
-    assert finalists(GRID, found, DEFAULT, share=1.0) == [Cell(3e-4, 16), DEFAULT]
-    assert finalists(GRID, dict.fromkeys(OF_RATES, math.nan), DEFAULT, share=1.0) == [DEFAULT]
+    assert finalists(GRID, found, DEFAULT, share=1.0, passes=1.0) == [Cell(3e-4, 16), DEFAULT]
+    assert finalists(GRID, dict.fromkeys(OF_RATES, math.nan), DEFAULT, share=1.0, passes=1.0) == [DEFAULT]
 
 
 @pytest.mark.parametrize("seconds", [400.0, 1000.0, 3333.0])
@@ -82,3 +85,19 @@ def test_a_trial_has_no_more_steps_than_a_whole_run_and_not_too_few() -> None:
 def test_time_that_whole_runs_in_the_last_round_do_not_need_is_for_the_others() -> None:
     seconds = (7 * 60 + 3 * 70) / (1 - RESERVE)
     assert steps_of_first_rounds(seconds + 1, 7, 3, Costs(1.0, 0.0, 0.0), most=70) == 60
+
+
+@pytest.mark.parametrize("most", [4, MIN_STEPS, 40, 500])
+@pytest.mark.parametrize("costs", [Costs(1.0, 3.0, 2.0), Costs(0.5, 0.0, 0.0)])
+def test_the_shortest_search_is_the_shortest_that_has_steps(most: int, costs: Costs) -> None:
+    whole = Costs(costs.step, costs.evaluation + costs.verdict, 0.0)
+
+    def begins(seconds: float) -> bool:
+        """As the search decides it: whole runs of 13 cells, or the rounds of 5 of them and 2 finals."""
+        if steps_of_first_rounds(seconds, 13, 0, whole, most=most) == most:
+            return True
+        return steps_of_first_rounds(seconds, 5, 2, costs, most=most) > 0
+
+    least = least_seconds(5, 13, 2, costs, most=most)
+    assert begins(least * 1.001)
+    assert not begins(least * 0.97)

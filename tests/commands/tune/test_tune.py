@@ -19,7 +19,8 @@ from tests.conftest import WORDS
 from octavo.commands.tune import search
 from octavo.commands.tune.record import Record, read
 from octavo.commands.tune.rounds import Cell
-from octavo.commands.tune.trial import halves
+from octavo.commands.tune.trial import halves, share_of_text
+from octavo.config import TrainOptions
 from octavo.data.packing import IGNORE_INDEX, Row
 from octavo.errors import CheckpointError
 
@@ -71,6 +72,40 @@ def test_a_search_narrows_the_grid_and_its_command_is_one_of_finetune(
     assert trained.json["steps"] == 6
 
 
+def test_too_little_time_ends_with_the_minutes_that_are_needed_and_loses_nothing(
+    octavo: Octavo, arguments: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On any machine loading takes more than 0.006 s."""
+    few = ["0.0001" if word == 500 else word for word in arguments if word != "--json"]
+    done = octavo(*few)
+    assert done.code == 3, done.err
+    assert "The first trial needs about " in done.err
+    assert "--minutes 0.0001 is too short for any trial to be finished" in done.err
+    [line] = [line for line in done.err.splitlines() if "tune --resume --out" in line]
+    words = shlex.split(line.partition("Go on with: ")[2])
+    words = words[words.index("tune") :]
+    assert int(words[words.index("--minutes") + 1]) >= 1
+    monkeypatch.setattr(search, "steps_of_first_rounds", lambda seconds, trials, finals, costs, *, most: 3)
+    monkeypatch.setattr(search, "steps_of_last_round", lambda seconds, finals, costs, *, most: 5)
+    words[words.index("--minutes") + 1] = "500"  # the machine may be slower now
+    resumed = octavo(*words, "--json")
+    assert resumed.code == 0, resumed.err
+    assert resumed.json["complete"]
+
+
+def test_a_search_whose_first_trial_takes_too_long_says_what_it_needs(
+    octavo: Octavo, arguments: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def late(*_: Any) -> None:
+        raise search.OutOfTimeError
+
+    monkeypatch.setattr(search, "_tried", late)
+    done = octavo(*arguments)
+    assert done.code == 3, done.err
+    assert json.loads(done.out)["error"]["type"] == "TimeLimitError"
+    assert "--minutes" in json.loads(done.out)["error"]["hint"]
+
+
 @pytest.mark.exhaustive
 @pytest.mark.usefixtures("given_steps")
 def test_a_search_that_was_stopped_goes_on_to_the_same_result(
@@ -98,6 +133,39 @@ def test_a_search_that_was_stopped_goes_on_to_the_same_result(
     assert resumed.code == 0, resumed.err
     for key in ("choice", "against_default", "against_second", "against_base", "cells"):
         assert resumed.json[key] == whole[key]
+
+
+@pytest.mark.parametrize(("count", "share", "kept"), [(100, 0.25, 25), (100, 0.001, 4), (3, 0.5, 3), (100, 1.0, 100)])
+def test_a_trial_has_its_share_of_the_text(count: int, share: float, kept: int) -> None:
+    rows: Any = list(range(count))
+    options = TrainOptions(batch_size=4, seed=7)
+    chosen: Any = share_of_text(rows, share, options)
+    assert len(chosen) == kept
+    assert chosen == sorted(set(chosen))
+    assert chosen == share_of_text(rows, share, options)
+    more: Any = share_of_text(rows, min(1.0, 2 * share), options)
+    assert set(chosen) <= set(more)
+
+
+@pytest.mark.usefixtures("given_steps")
+def test_trials_have_the_share_of_the_text_that_their_steps_are(
+    octavo: Octavo, arguments: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(12):
+        (tmp_path / "train" / f"more{number}.txt").write_text(" ".join(WORDS[number : number + 20]))
+    shares = []
+    of_prepared = search.prepared
+
+    def seen(base: Any, *values: Any, **options: Any) -> Any:
+        run = of_prepared(base, *values, **options)
+        shares.append((len(run.train.rows) / len(base.train.rows), run.total / base.total))
+        return run
+
+    monkeypatch.setattr(search, "prepared", seen)
+    done = octavo(*arguments, "--batch-size", 1)
+    assert done.code == 0, done.err
+    assert {steps for _, steps in shares} >= {3 / 6, 5 / 6}
+    assert all(steps <= rows < steps + 0.2 for rows, steps in shares)
 
 
 def test_a_run_does_not_take_the_folder_of_a_search(octavo: Octavo, tiny_llama: Path, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from octavo.html_report.chart import smooth
 from octavo.html_report.comparison import Comparison, SamplesOfPrompt
 from octavo.reporting import Report, duration, shown
 from octavo.runs import events
+from octavo.runs.loss_unit import NATS, LossUnit
 
 SHOWN_PROMPTS = 3  # in the terminal; the page has all
 
@@ -70,18 +71,18 @@ def _units(runs: Sequence[ReadRun]) -> tuple[list[float], str]:
 
 def _results(runs: Sequence[ReadRun]) -> list[tuple[str, list[object]]]:
     """The rows of the table of results; None: not measured. Rows that no run has are left out."""
+    compared = [run.summary.unit for run in runs if run.summary.difference]
+    unit = NATS.name if NATS in compared else "bits per byte"
     rows: list[tuple[str, list[object]]] = [
         ("state", [run.summary.state for run in runs]),
         ("steps", [_steps(run) for run in runs]),
         ("training loss", [run.train_loss for run in runs]),
+        ("bits per byte before", [run.rows[-2].bits_per_byte if len(run.rows) > 1 else None for run in runs]),
+        ("bits per byte after", [run.rows[-1].bits_per_byte if run.rows else None for run in runs]),
         ("perplexity before", [run.summary.perplexity_before for run in runs]),
         ("perplexity after", [run.summary.perplexity_after for run in runs]),
-        ("bits per byte after", [run.rows[-1].bits_per_byte if run.rows else None for run in runs]),
-        (
-            "loss lower by, in nats per token",
-            [run.summary.difference.lower_by if run.summary.difference else None for run in runs],
-        ),
-        ("95% interval of this", [_bounds(run) for run in runs]),
+        (f"gain in {unit}", [_gain(run, unit) for run in runs]),
+        ("95% interval of this", [_bounds(run, unit) for run in runs]),
         ("general text: change of the loss in bits per byte", [one and one.rise for one in map(_forgot, runs)]),
         ("share of cloze probes recovered", [one and one.after for one in map(_learned, runs)]),
         ("share of copied n-grams in samples", [one and one.after for one in map(_copies, runs)]),
@@ -109,9 +110,24 @@ def _steps(run: ReadRun) -> str:
     return f"{run.summary.steps:,} / {'?' if planned is None else format(planned, ',')}"
 
 
-def _bounds(run: ReadRun) -> str | None:
+def _gain(run: ReadRun, unit: str) -> float | None:
+    difference = run.summary.difference
+    if difference is None or difference.lower_by is None:
+        return None
+    return _unit(run, unit).of(difference.lower_by)
+
+
+def _bounds(run: ReadRun, unit: str) -> str | None:
     bounds = run.summary.difference.interval if run.summary.difference else None
-    return f"{shown(bounds.low)} to {shown(bounds.high)}" if bounds else None
+    if bounds is None:
+        return None
+    low, high = _unit(run, unit).bounds(bounds)
+    return f"{shown(low)} to {shown(high)}"
+
+
+def _unit(run: ReadRun, name: str) -> LossUnit:
+    """That of the run, or nats per token if the table has them, since a run has no bits per byte."""
+    return run.summary.unit if run.summary.unit.name == name else NATS
 
 
 def _statements(pairs: Sequence[Paired], runs: Sequence[ReadRun]) -> list[str]:

@@ -18,6 +18,7 @@ from octavo.commands.scores import difference_text
 from octavo.intervals import MIN_UNITS, Units, difference
 from octavo.reporting import shown
 from octavo.runs.events import Difference, HeldOutLosses, Interval
+from octavo.runs.loss_unit import bits_per_byte
 from octavo.runs.packed_numbers import unpack_counts, unpack_floats
 
 Comparable = Literal["loss", "bits_per_byte", "nothing"]
@@ -25,7 +26,7 @@ Comparable = Literal["loss", "bits_per_byte", "nothing"]
 # of a document is not predicted.
 BYTES_TOLERANCE = 0.01
 MUCH = 5.0  # nats per token, from which on a perplexity changes more than a hundredfold
-NO_DIFFERENCE = 5e-4  # nats per token, as in `difference_text`
+NO_DIFFERENCE = 5e-4  # in the unit that is shown, as in `difference_text`
 
 
 @dataclass(frozen=True)
@@ -103,16 +104,22 @@ def bits_per_nat_per_token(losses: HeldOutLosses) -> float:
 
 
 def _of_losses(before: ReadRun, after: ReadRun, a: Units, b: Units) -> Paired:
-    lower_by = _loss(a) - _loss(b)
+    assert before.losses is not None
+    lower_by, unit = _loss(a) - _loss(b), bits_per_byte(bits_per_nat_per_token(before.losses))
     bounds = difference(a, b)
     names = f"{before.letter} ({before.name})", f"{after.letter} ({after.name})"
-    sentence = difference_text(Difference(names[0], "", names[1], "", lower_by, bounds), b)
+    sentence = difference_text(Difference(names[0], "", names[1], "", lower_by, bounds), b, unit)
     if bounds is None and min(len(a.nats), len(b.nats)) >= MIN_UNITS:
         sentence = sentence.partition("; it has no interval")[0] + (
             "; it has no interval: rows of another --seq-len are other units. More than "
             f"{MIN_UNITS} held-out documents would be the same units."
         )
-    if bounds is not None and not bounds.low <= 0 <= bounds.high and NO_DIFFERENCE <= abs(lower_by) < MUCH:
+    if (
+        bounds is not None
+        and not bounds.low <= 0 <= bounds.high
+        and abs(unit.of(lower_by)) >= NO_DIFFERENCE
+        and abs(lower_by) < MUCH
+    ):
         low, high = sorted(100 * (1 - math.exp(-bound)) for bound in (bounds.low, bounds.high))
         sign, word = (-1, "higher") if lower_by < 0 else (1, "lower")
         low, high = sorted((sign * low, sign * high))

@@ -55,16 +55,16 @@ def finetune(
     config: Config,
     *,
     console: bool = True,
-    results: bool = False,
+    results: bool | None = False,
     compare_full: bool = False,
     observer: Callable[[Report], Callable[[Mapping[str, Any]], None]] | None = None,
 ) -> dict[str, Any]:
     """Trains from the start or from the newest checkpoint; returns the JSON result (`--json`).
 
-    With `results` the final table goes to stdout. With `compare_full` the unquantized base is evaluated too.
-    `observer(report)` is called with each event as it is recorded. A signal
-    (Ctrl-C, SIGTERM) during the training loop ends it after the current step, with a checkpoint and a StoppedError. A
-    second signal, or one at any other time, raises StopRequest at once. Other errors are those of errors.py.
+    `results` is that of Report: whether the final tables go to stdout. With `compare_full` the unquantized base is
+    evaluated too. `observer(report)` is called with each event as it is recorded. A signal (Ctrl-C, SIGTERM) during the
+    training loop ends it after the current step, with a checkpoint and a StoppedError. A second signal, or one at any
+    other time, raises StopRequest at once. Other errors are those of errors.py.
     """
     with stop_signals() as signals:
         try:
@@ -257,7 +257,7 @@ def _finish(run: Run) -> dict[str, Any]:
     if finished:  # results last: stdout may be closed, and the run folder must be complete in that case too
         report.say(f"Peak memory: {memory / 2**30:.2f} GiB.")
         if table.rows:
-            show_scores(table, report)
+            show_scores(table, report, verdict)
         show_probes(found, report)
         show_verdict(verdict, report)
         if state.best is not None and state.best["step"] != state.done:

@@ -20,11 +20,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from octavo.commands.finetune.held_out_size import counts_of
 from octavo.config import Config, RunOptions
-from octavo.data.packing import IGNORE_INDEX, Row
+from octavo.data.packing import Row
 from octavo.errors import UsageError
 from octavo.intervals import MIN_UNITS, Units, difference
 from octavo.runs.events import HeldOut
+from octavo.runs.loss_unit import LossUnit
 from octavo.runs.verdict import clear_rise
 
 PATIENCE = 2  # evaluations without a clear fall: one alone is no fall in 1 of 40 by chance, and at the warm-up often
@@ -57,15 +59,15 @@ class Watch:
         return cls(tensors["reference"], step, waits, evaluations)
 
 
-def watched(watch: Watch, event: HeldOut, units: Units) -> tuple[Watch, str]:
+def watched(watch: Watch, event: HeldOut, units: Units, unit: LossUnit) -> tuple[Watch, str]:
     """(the state after an evaluation, why the run should stop); "" if it should go on.
 
-    `event` has the intervals of the evaluation, `units` its losses.
+    `event` has the intervals of the evaluation, `units` its losses; `unit` is that of the text, for the reason.
     """
     seen = replace(watch, evaluations=watch.evaluations + 1)
-    if rise := clear_rise(event, watch.evaluations):
+    if rise := clear_rise(event, watch.evaluations, unit):
         lowest = f"at step {event.lowest_step:,}" if event.lowest_step else "before training"
-        return seen, f"the held-out loss is {rise} nats per token higher than {lowest}"
+        return seen, f"the held-out loss is {rise} higher than {lowest}"
     if len(watch.reference) != len(units.nats):
         return watch, ""
     fall = difference(replace(units, nats=watch.reference.numpy()), units)
@@ -76,10 +78,11 @@ def watched(watch: Watch, event: HeldOut, units: Units) -> tuple[Watch, str]:
     seen = replace(seen, waits=watch.waits + 1)
     if seen.waits < PATIENCE:
         return seen, ""
+    low, high = unit.bounds(fall)
     since = f"since step {watch.step:,}" if watch.step else "since the beginning"
     return seen, (
         f"the held-out loss shows no fall {since}, at {seen.waits} evaluations in a row (95 % interval of the fall "
-        f"{fall.low:.4f} to {fall.high:.4f} nats per token)"
+        f"{low:.4f} to {high:.4f} {unit.name})"
     )
 
 
@@ -97,10 +100,10 @@ def check_early_stop(config: Config, rows: Sequence[Row]) -> None:
         raise UsageError(
             "--early-stop needs held-out text.", hint="Give it with --test-data, or with a --test-fraction above 0."
         )
-    documents = {row.documents[piece] for row in rows for piece in set(row.piece[row.labels != IGNORE_INDEX].tolist())}
-    if max(len(documents), len(rows)) < MIN_UNITS:
+    documents, n_rows = counts_of(rows)
+    if max(documents, n_rows) < MIN_UNITS:
         raise UsageError(
             f"--early-stop needs held-out text of {MIN_UNITS} documents or rows for its intervals; this has "
-            f"{len(documents)} documents in {len(rows)} rows.",
+            f"{documents} documents in {n_rows} rows.",
             hint="Give more with --test-data or --test-fraction, or shorter rows with --seq-len.",
         )

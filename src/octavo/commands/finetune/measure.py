@@ -18,7 +18,16 @@ from octavo.commands.finetune.samples import sample
 from octavo.commands.finetune.state import Run, adapter_files, trained_adapter, versions
 from octavo.commands.finetune.unit_losses import base_losses, next_of_curve, start_of_curve, units_before
 from octavo.commands.loading import load_model
-from octavo.commands.scores import ScoreTable, file_differences, loss_difference, score_row, score_rows
+from octavo.commands.scores import (
+    BASE,
+    QUANTIZED_BASE,
+    TUNED,
+    ScoreTable,
+    file_differences,
+    loss_difference,
+    score_row,
+    score_rows,
+)
 from octavo.config import RunOptions, TextOptions, TrainOptions, WindowOptions
 from octavo.data.loader import batches_per_epoch
 from octavo.errors import AdapterError
@@ -28,6 +37,7 @@ from octavo.ops.quantize import scheme_named
 from octavo.ops.scheme import Scheme
 from octavo.runs import events
 from octavo.runs.events import FileDifference, ScoreRow
+from octavo.runs.loss_unit import bits_per_byte
 from octavo.store import peft
 from octavo.store.peft import Adapter
 
@@ -49,9 +59,9 @@ def measure_base(run: Run, *, compare_full: bool) -> None:
         plain = scheme_named("none")
         model = load_model(run.source, plain, full_precision(hardware), report)
         full = _score(run, model, "Evaluating the base")
-        run.state.base_rows.append(table_row(run, "base", plain, full))
+        run.state.base_rows.append(table_row(run, BASE, plain, full))
     if run.test_rows:
-        name, label = ("quantized", "Evaluating the quantized base") if quantized else ("base", "Evaluating the base")
+        name, label = (QUANTIZED_BASE, "Evaluating the quantized base") if quantized else (BASE, "Evaluating the base")
         result = _score(run, run.model, label)
         rows = run.state.base_rows
         rows.append(table_row(run, name, run.scheme, result))
@@ -96,7 +106,7 @@ def measure_tuned(run: Run) -> ScoreTable:
     if not run.test_rows:
         return ScoreTable()
     result, base_rows = _score_of_kept(run), run.state.base_rows
-    tuned, units, before = table_row(run, "tuned", run.scheme, result), result.units, None
+    tuned, units, before = table_row(run, TUNED, run.scheme, result), result.units, None
     _record_losses(run, tuned.name, result)
     files: list[FileDifference] = []
     if units and run.state.base_losses:
@@ -141,7 +151,8 @@ def _stop_early_if_due(run: Run, event: events.HeldOut, result: Score) -> None:
     if state.watch is None:  # of a run that began without the option: this evaluation is the first one
         state.watch = Watch.begin(result.units)
         return
-    state.watch, reason = watched(state.watch, event, result.units)
+    unit = bits_per_byte(result.bits_per_byte / result.loss if result.loss else None)
+    state.watch, reason = watched(state.watch, event, result.units, unit)
     if reason and state.done < run.total:
         state.stopped = {"step": state.done, "total": run.total, "reason": reason}
         events.EarlyStop(state.done, reason).write(run.report)
@@ -215,7 +226,7 @@ def read_back(run: Run) -> None:
 
 def table_row(run: Run, name: str, scheme: Scheme, result: Score) -> ScoreRow:
     """A row of the perplexity table."""
-    folders = {"tuned": run.folder.adapter, "initial": run.config[RunOptions].init_adapter}
+    folders = {TUNED: run.folder.adapter, "initial": run.config[RunOptions].init_adapter}
     folder: Path | None = folders.get(name)
     context, stride = len(run.test_rows[0].ids), run.config[WindowOptions].stride
     row = score_row(name, scheme, folder, result, context=context, stride=stride)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from datetime import date
+from typing import TYPE_CHECKING
 
 from octavo import adapters
 from octavo.commands.backends import configure_backends
+from octavo.commands.data import Text
 from octavo.commands.finetune.early_stop import check_early_stop
+from octavo.commands.finetune.held_out_size import warn_if_small
 from octavo.commands.finetune.initial import with_initial_adapter
 from octavo.commands.finetune.length import with_length
 from octavo.commands.finetune.samples import check_prompts
@@ -31,15 +35,36 @@ from octavo.data.prompt import writes_date
 from octavo.hardware import Hardware, memory_limit_bytes
 from octavo.layers.lora import flatten_
 from octavo.models import Decoder, parse
+from octavo.ops.scheme import Scheme
 from octavo.reporting import Report
 from octavo.store.hub_datasets import is_dataset, pinned
+from octavo.store.peft import Adapter
+from octavo.store.sources import Source
 from octavo.train.loop import Trainer
 from octavo.train.optim import Adam, LossScaler, OptimizerSettings, Schedule
 from octavo.train.step import PlannedStep
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
-def prepare(config: Config, report: Report) -> Run:
-    """A run before its first step. Reads the text first, so that its errors appear before the weights are loaded."""
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run begins with, before any weight is loaded."""
+
+    config: Config
+    hardware: Hardware
+    source: Source
+    scheme: Scheme
+    tokenizer: PreTrainedTokenizerFast
+    text: Text
+    held_out: Text | None
+    fitting: FittedPlan
+    initial: Adapter | None
+
+
+def read_inputs(config: Config, report: Report) -> Inputs:
+    """Checks the options, reads and packs the text, and plans the memory, so that errors of these appear first."""
     options = config[ModelOptions]
     hardware, source = opened(options, report)
     config = with_fitting_rows(config, source, report)
@@ -53,24 +78,33 @@ def prepare(config: Config, report: Report) -> Run:
     check_prompts(config[RunOptions], tokenizer, parse(source.config).context)
     config = _with_pinned_data(config, report)
     text, held_out = read_sides(config, tokenizer, report, context=parse(source.config).context)
-    check_early_stop(config, held_out.measurable(config[RunOptions].eval_rows) if held_out else [])
+    measured = held_out.measurable(config[RunOptions].eval_rows) if held_out else []
+    check_early_stop(config, measured)
+    warn_if_small(config, measured, report)
     rows = len(text.rows)
     config = with_length(config, rows, report)
     resumed, documents = config[RunOptions].resume, most_documents(text.rows)
     fitting = fit(config, source, scheme, hardware, rows=rows, documents=documents, resumed=resumed)
     config = _with_micro_batch_size(config, fitting.plan.rows, rows, report)
+    return Inputs(config, hardware, source, scheme, tokenizer, text, held_out, fitting, initial)
+
+
+def prepare(config: Config, report: Report) -> Run:
+    """A run before its first step."""
+    inputs = read_inputs(config, report)
+    config, hardware, source, fitting = inputs.config, inputs.hardware, inputs.source, inputs.fitting
     base_sha256 = fingerprint_of(source, report)
-    model = load_model(source, scheme, hardware, report)
+    model = load_model(source, inputs.scheme, hardware, report)
     plan = adapter_plan(config[LoraOptions])
     adapters.create_(model, plan, seed=config[TrainOptions].seed)
     micro_step = planned_step(config, model, hardware, fitting, report)
-    trainer = trainer_for(config[TrainOptions], model, hardware, micro_step, rows=rows)
+    trainer = trainer_for(config[TrainOptions], model, hardware, micro_step, rows=len(inputs.text.rows))
     count = sum(parameter.numel() for parameter in trainer.parameters.values())
     steps = f"{trainer.schedule.total:,} step{'s' * (trainer.schedule.total != 1)}"
     report.say(f"Training {count:,} parameters in {len(trainer.parameters)} tensors for {steps}.")
     return Run(
-        config, report, hardware, source, scheme, tokenizer, text, held_out, model, plan, trainer, fitting,
-        micro_step, base_sha256, RunState(), initial,
+        config, report, hardware, source, inputs.scheme, inputs.tokenizer, inputs.text, inputs.held_out, model, plan,
+        trainer, fitting, micro_step, base_sha256, RunState(), inputs.initial,
     )  # fmt: skip
 
 

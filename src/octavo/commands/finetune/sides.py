@@ -51,7 +51,7 @@ def read_sides(
                 hint="Name other text with --test-data, or leave it out and use --test-fraction.",
             )
         raise UsageError("The data have no token to train on.", hint="Inspect them with `octavo data`.")
-    show_ledger(text.ledger, "Training text", report)
+    show_ledger(text.ledger, "Training text", report, deduplicated=options.deduplicate)
     if sides.test is None:
         report.warn("There is no held-out text to evaluate the tuned model on: give --test-data.")
         return text, None
@@ -59,7 +59,7 @@ def read_sides(
     overlap = _overlap(sides, tokenizer, report)
     held_out = replace(held_out, ledger=replace(held_out.ledger, overlap=overlap))
     title = f"Held-out text ({overlap.share:.1%} of it also in the training text)"
-    show_ledger(held_out.ledger, title, report, held_out=True)
+    show_ledger(held_out.ledger, title, report, held_out=True, deduplicated=options.deduplicate)
     if held_out.ledger.trained == 0:
         report.warn("The held-out text has no token to evaluate: give other text with --test-data.")
         return text, None

@@ -20,7 +20,7 @@ from octavo.commands.tune.trial import Clock
 from octavo.config import Config, RunOptions, TrainingData, TuneOptions
 from octavo.config.commands import FINETUNE
 from octavo.config.section import arguments_of
-from octavo.errors import StoppedError, UsageError
+from octavo.errors import StoppedError, TrainingError, UsageError
 from octavo.html_report import search as page
 from octavo.intervals import Units
 from octavo.reporting import Report
@@ -40,7 +40,8 @@ def tune(config: Config, report: Report) -> dict[str, Any]:
         _check_folder(folder, options, has_data=bool(config[TrainingData].data))
         try:
             with lock(folder.path):
-                search = prepared_search(config, cells, report, Clock(started + 60 * options.minutes, signals))
+                clock = Clock(started + 60 * options.minutes, signals)
+                search = prepared_search(config, cells, report, clock, resume=_resume(options))
                 # After the check that a resumed search has the same settings.
                 atomic_write(folder.settings, config.replace(resume=False).to_yaml().encode())
                 with signals.waits():
@@ -51,10 +52,10 @@ def tune(config: Config, report: Report) -> dict[str, Any]:
         except KeyboardInterrupt as error:
             number = signals.received[0] if signals.received else signal.SIGINT
             raise StopRequest(number, f"Stopped. Go on with: {_resume(options)}") from error
-    outcome = outcome_of(search.record, *units, default=DEFAULT) if units else None
-    if units is None or outcome is None:
-        raise UsageError(
-            "The time ended before any trial was finished.", hint=f"{_resume(options)} --minutes MORE goes on."
+    outcome = outcome_of(search.record, *units, default=DEFAULT)
+    if outcome is None:
+        raise TrainingError(
+            "All trials so far diverged: none has a finite loss.", hint="Choose lower --lr, and another --out."
         )
     return _result(config, search.record, outcome, units[0], report)
 

@@ -42,6 +42,7 @@ class Outcome:
     choice: Cell
     default: Cell
     steps: int
+    whole: int  # steps of a run on all of the text
     measured_on: str  # "verdict": text that chose nothing, or "choosing"
     against_base: Comparison | None
     against_default: Comparison | None
@@ -59,7 +60,8 @@ class Outcome:
 
     def sentences(self) -> list[str]:
         """The outcome in words."""
-        lines = [f"Best: {self.choice}, after {self.steps:,} steps of each trial in the last round."]
+        share = f", on {self.steps / self.whole:.0%} of the text" if self.steps < self.whole else ""
+        lines = [f"Best: {self.choice}, after {self.steps:,} steps of each trial in the last round{share}."]
         if self.against_base:
             lines.append(f"Against the base: {_text(self.against_base)}")
         if self.choice == self.default:
@@ -76,7 +78,9 @@ class Outcome:
             lines.append("These differences are of the text that chose the cell, so they are somewhat too large.")
         if not self.complete:
             lines.append("The time ended before the last round was complete: --resume with a higher --minutes goes on.")
-        lines.append("An interval is about other text of this kind, and not about another seed or longer runs.")
+        lines.append("An interval is about other text of this kind, and not about another seed.")
+        if share:
+            lines.append(f"A run on all of the text has {self.whole:,} steps. It may order these cells otherwise.")
         return lines
 
 
@@ -110,7 +114,7 @@ def outcome_of(record: Record, choosing: Units, verdict: Units, *, default: Cell
     assert record.base is not None
     complete = one.last and len(record.of_round(one.number)) == len(one.cells)
     return Outcome(
-        choice, default, one.steps, "verdict" if judged else "choosing",
+        choice, default, one.steps, record.identity.get("steps", one.steps), "verdict" if judged else "choosing",
         against("the base", record.base[1 if judged else 0]),
         against(str(default), nats(tried[default])) if default in tried and choice != default else None,
         against(str(second), nats(tried[second])) if second is not None else None,
@@ -120,7 +124,7 @@ def outcome_of(record: Record, choosing: Units, verdict: Units, *, default: Cell
 
 def _lower_rate_first(ordered: list[Cell], tried: Mapping[Cell, ShortRun], choosing: Units) -> list[Cell]:
     """The cells, best first. A lower learning rate of the same rank is first if the text cannot tell it from the best:
-    trials are shorter than a whole run, and the best rate of longer runs is lower."""
+    it changes the model less, and a rate that is too high does more harm to a whole run than one that is too low."""
     best = ordered[0]
     for cell in sorted((cell for cell in ordered if cell.rank == best.rank and cell.lr < best.lr), reverse=True):
         nats, best_nats = tried[cell].nats, tried[best].nats

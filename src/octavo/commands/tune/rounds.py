@@ -7,11 +7,13 @@
 Each trial begins with the untrained adapter and has a complete learning-rate schedule. The default settings are in
 rounds 1 and 3: the answer to whether another cell is better is a comparison on equal terms.
 
-**The best learning rate falls with the length of a run.** SmolLM2 over Python sources: of 1e-4 to 3e-3 the best one is
-3e-3 after 27 steps and 1e-4 to 3e-4 after 800, where 3e-3 has two thirds of their improvement. So the rate of round 1
-is scaled by (steps of the trial / steps of a whole run)^RATE_POWER before round 3. The power is that of stochastic
-gradient descent; measured powers for language models are 0.3 (arXiv 2409.19913) to 0.8 (the example). Successive
-halving (arXiv 1502.07943), which has no such correction and shorter first trials, reached 62 % of a grid's improvement.
+**A trial has a share of the steps and the same share of the text** (trial.py), so that it makes as many passes as a
+whole run. On all of the text a short trial makes fewer passes than a whole run and cannot overfit, so it prefers rates
+that are too high: of SmolLM2 over Python sources 3e-3 is best after 27 steps, and has two thirds of the improvement of
+1e-4 to 3e-4 after 800 steps, 5 passes; 213 steps on all of the plays chose 1e-3, with half of the improvement.
+On a tenth and on a quarter of the text 3e-4 was best for both, as in whole runs (docs/log.md). Of a whole run of at most
+one pass, which cannot overfit either, the best rate falls with its steps as steps^-0.3 (arXiv 2409.19913): there the
+rate of round 1 is scaled. Successive halving (arXiv 1502.07943) reached 62 % of a grid's improvement.
 With alpha in proportion to the rank, a higher rank is much like a higher rate, so the rank is tried last.
 Of two rates that cannot be told apart the lower one is chosen (outcome.py).
 """
@@ -23,7 +25,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 FINAL_FACTOR = 3  # a trial of the last round has about so many times the steps of the others
-RATE_POWER = 0.5
+RATE_POWER = 0.3  # of a whole run of one pass or less
 RANKS_SHARE = 0.25  # of a whole run, which trials must have if ranks are tried too: a rank shows in long runs
 MIN_STEPS = 6  # of a trial: fewer teach nothing (commands/finetune/length.py), even at a high learning rate
 RESERVE = 0.08  # of the time, for steps that take longer than those measured
@@ -65,10 +67,12 @@ def other_ranks(cells: Sequence[Cell], losses: Mapping[Cell, float]) -> list[Cel
     return [] if best is None else sorted(c for c in cells if c.lr == best.lr and c not in losses)
 
 
-def finalists(cells: Sequence[Cell], losses: Mapping[Cell, float], default: Cell, *, share: float) -> list[Cell]:
-    """The cells of the last round, after trials with a `share` of the steps of a whole run.
+def finalists(
+    cells: Sequence[Cell], losses: Mapping[Cell, float], default: Cell, *, share: float, passes: float
+) -> list[Cell]:
+    """The cells of the last round, after trials with a `share` of the steps of a whole run of so many `passes`.
 
-    First the learning rate of the grid that is nearest to the best one, scaled to a whole run, at the rank of round 1;
+    First the learning rate of the grid that is nearest to the best one for a whole run, at the rank of round 1;
     then the default settings, so that these two can be compared if the time ends early; then the best other rank, if
     one was better.
     """
@@ -76,7 +80,7 @@ def finalists(cells: Sequence[Cell], losses: Mapping[Cell, float], default: Cell
     best = _best(losses, rates)
     if best is None:
         return [default]
-    wanted = best.lr * min(1.0, share) ** RATE_POWER
+    wanted = best.lr * (min(1.0, share) ** RATE_POWER if passes <= 1 else 1.0)
     likely = min(rates, key=lambda cell: abs(math.log(cell.lr / wanted)))
     overall = _best(losses, [cell for cell in cells if cell.lr == best.lr])
     ranked = [Cell(likely.lr, overall.rank)] if overall and overall.rank != likely.rank else []
@@ -99,6 +103,16 @@ def steps_of_first_rounds(seconds: float, trials: int, finals: int, costs: Costs
     if FINAL_FACTOR * steps > most:  # the last round takes no more than whole runs
         steps = math.floor((left - finals * most * costs.step) / costs.step / trials)
     return _bounded(steps, most)
+
+
+def least_seconds(first: int, every: int, finals: int, costs: Costs, *, most: int) -> float:
+    """The time of the shortest search: whole runs of `every` cells, or MIN_STEPS steps of `first` cells and the finals.
+
+    With less, `steps_of_first_rounds` has no steps for either. The untuned model is measured before it.
+    """
+    steps = min(MIN_STEPS, most)
+    rounds = first * costs.trial(steps) + finals * costs.trial(min(FINAL_FACTOR * steps, most), last=True)
+    return min(rounds, every * costs.trial(most, last=True)) / (1 - RESERVE)
 
 
 def steps_of_last_round(seconds: float, finals: int, costs: Costs, *, most: int) -> int:

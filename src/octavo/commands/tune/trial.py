@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from octavo import adapters
-from octavo.adapters import Adapter
+from octavo.adapters import Adapter, AdapterPlan
 from octavo.commands.finetune.prepare import planned_step, trainer_for
 from octavo.commands.finetune.state import Run, RunState
 from octavo.commands.run_plan import adapter_plan
@@ -105,15 +105,23 @@ def prepared(base: Run, cell: Cell, steps: int, untuned: Adapter, *, report: Rep
     that of `base`, whose rank is the largest. The training text is `share_of_text`.
     """
     config = with_cell(base.config, cell).replace(steps=steps)
+    plan = with_new_adapter_(base, config, untuned)
+    micro_step = planned_step(config, base.model, base.hardware, base.fit, report)
+    trainer = trainer_for(config[TrainOptions], base.model, base.hardware, micro_step, rows=len(base.train.rows))
     rows = share_of_text(base.train.rows, steps / base.total, config[TrainOptions])
+    return replace(
+        base, config=config, plan=plan, trainer=trainer, micro_step=micro_step, train=replace(base.train, rows=rows),
+        state=RunState(),
+    )  # fmt: skip
+
+
+def with_new_adapter_(base: Run, config: Config, untuned: Adapter) -> AdapterPlan:
+    """Puts a new adapter of `config` on the model, which then equals the base model."""
     plan = adapter_plan(config[LoraOptions])
     adapters.create_(base.model, plan, seed=config[TrainOptions].seed)
     fresh = adapters.collect(base.model, plan.spec)
     adapters.restore_(base.model, replace(fresh, full=untuned.full))
-    micro_step = planned_step(config, base.model, base.hardware, base.fit, report)
-    trainer = trainer_for(config[TrainOptions], base.model, base.hardware, micro_step, rows=len(base.train.rows))
-    train = replace(base.train, rows=rows)
-    return replace(base, config=config, plan=plan, trainer=trainer, micro_step=micro_step, train=train, state=RunState())
+    return plan
 
 
 def share_of_text(rows: Sequence[Row], share: float, options: TrainOptions) -> list[Row]:
