@@ -7,8 +7,9 @@ to 97 % (20 documents: below 90 %), or a width above 1.3.
 
 The pools: documents with lengths spread as exp(N(0, 1)), whose losses have an effect of the document and noise of the
 tokens, before and after correlated; the same with gains that are skewed; rows of a long text whose gains depend on
-their neighbours. With `--model` also the plays in src/octavo/shakespeare as paragraphs, and the held-out one as rows:
-the losses are those of the model in full precision and under `--scheme`, or with `--adapter` those under `--scheme`
+their neighbours, in order, or as passages at a random place of each stretch (octavo.data.passages); such rows with
+chapters that gain differently. With `--model` also the plays in src/octavo/shakespeare as paragraphs, all of them as
+one text with passages, and the held-out one as rows in order: the losses are those of the model in full precision and under `--scheme`, or with `--adapter` those under `--scheme`
 without and with it (many minutes on a CPU; `--losses` keeps them in an .npz file, and reads it if it exists).
 """
 
@@ -24,18 +25,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from octavo.intervals import DOCUMENTS, ROWS, Units, difference
+from octavo.intervals import DOCUMENTS, PASSAGES, ROWS, Units, difference
 
 PLAYS = Path(__file__).parents[1] / "src" / "octavo" / "shakespeare"
-SIZES = {DOCUMENTS: (20, 50, 200), ROWS: (50, 100, 200)}
+SIZES = {DOCUMENTS: (20, 50, 200), PASSAGES: (20, 40), ROWS: (50, 100, 200)}
 LEAST, MOST, WIDEST = 0.93, 0.97, 1.3
-LEAST_OF_FEW, FEW = 0.90, 20  # documents
+LEAST_OF_FEW, FEW = 0.90, 20  # documents or passages
 Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)
 class Pool:
-    """The losses (P,) in nats before and after of texts of so many tokens, in order if `over` is ROWS."""
+    """The losses (P,) in nats before and after of texts of so many tokens, in order except for DOCUMENTS."""
 
     name: str
     over: str
@@ -49,9 +50,12 @@ class Pool:
         return float((self.before - self.after).sum() / self.tokens.sum())
 
     def test_set(self, n: int, generator: np.random.Generator) -> tuple[Units, Units]:
-        """The units before and after of n documents, or of n rows in order from a random one on."""
+        """The units before and after of n documents, of a row of each of n stretches, or of n rows from a random one on."""
         if self.over == ROWS:
             chosen = generator.integers(0, len(self.tokens) - n) + np.arange(n)
+        elif self.over == PASSAGES:
+            edges = np.arange(n + 1) * len(self.tokens) // n
+            chosen = generator.integers(edges[:-1], edges[1:])
         else:
             chosen = generator.choice(len(self.tokens), n, replace=False)
         tokens = self.tokens[chosen]
@@ -71,7 +75,7 @@ class Coverage:
 
     @property
     def as_promised(self) -> bool:
-        few = self.over == DOCUMENTS and self.size <= FEW
+        few = self.over != ROWS and self.size <= FEW
         return (LEAST_OF_FEW if few else LEAST) <= self.share <= (1 if few else MOST) and self.width <= WIDEST
 
 
@@ -91,8 +95,11 @@ def documents(n: int = 6000, *, seed: int = 0, skewed: bool = False) -> Pool:
     return Pool("skewed gains" if skewed else "documents", DOCUMENTS, before * tokens, (before - gain) * tokens, tokens)
 
 
-def rows(n: int = 400_000, *, seed: int = 0, correlation: float = 0.5) -> Pool:
-    """Rows of 512 tokens of one text: gains are an autoregressive series and noise, half of its deviation."""
+def rows(n: int = 400_000, *, seed: int = 0, correlation: float = 0.5, over: str = ROWS, chapters: float = 0.0) -> Pool:
+    """Rows of 512 tokens of one text: gains are an autoregressive series and noise, half of its deviation.
+
+    `chapters` is the deviation of the gains of seven equal parts, in that of the series.
+    """
     generator = np.random.default_rng(seed)
     kernel = correlation ** np.arange(60) * (1 - correlation**2) ** 0.5
 
@@ -102,7 +109,9 @@ def rows(n: int = 400_000, *, seed: int = 0, correlation: float = 0.5) -> Pool:
     tokens = np.full(n, 512)
     before = 3.2 + 0.3 * series()
     gain = 0.05 + 0.03 * series() + 0.015 * generator.standard_normal(n)
-    return Pool(f"correlation {correlation:g}", ROWS, before * tokens, (before - gain) * tokens, tokens)
+    gain += 0.03 * chapters * generator.standard_normal(7)[np.arange(n) * 7 // n]
+    name = f"correlation {correlation:g}" + ", chapters" * bool(chapters)
+    return Pool(name, over, before * tokens, (before - gain) * tokens, tokens)
 
 
 def coverage(pool: Pool, size: int, *, sets: int = 500, seed: int = 1) -> Coverage:
@@ -120,7 +129,7 @@ def coverage(pool: Pool, size: int, *, sets: int = 500, seed: int = 1) -> Covera
 
 
 def plays(model: str, scheme: str, adapter: Path | None, losses: Path | None) -> Iterator[Pool]:
-    """The paragraphs of the plays, and their rows in order, scored by two models."""
+    """The paragraphs of the plays, rows of all of them, and those of the held-out one, scored by two models."""
     if losses is None or not losses.is_file():
         arrays = score_plays(model, scheme, adapter)
         if losses:
@@ -128,13 +137,13 @@ def plays(model: str, scheme: str, adapter: Path | None, losses: Path | None) ->
     else:
         arrays = dict(np.load(losses))
     pair = "none, " + scheme if adapter is None else "before, after"
-    for over in (DOCUMENTS, ROWS):
+    for over in (DOCUMENTS, PASSAGES, ROWS):
         yield Pool(f"plays, {pair}", over, *(arrays[f"{over} {name}"] for name in ("before", "after", "tokens")))
 
 
 def score_plays(model: str, scheme: str, adapter: Path | None) -> dict[str, npt.NDArray[Any]]:
     """{"documents before": nats (P,), "documents after": (P,), "documents tokens": (P,)} of all paragraphs of more than
-    20 characters, and the same of the rows in order of the held-out play."""
+    20 characters; the same of the rows of all plays, as passages, and of the rows in order of the held-out play."""
     from octavo import adapters
     from octavo.commands.data import to_text
     from octavo.commands.loading import load_model, opened
@@ -152,7 +161,8 @@ def score_plays(model: str, scheme: str, adapter: Path | None) -> dict[str, npt.
     # Of the held-out play alone: a fine-tuning changes one play more than another, and an interval of rows in order is
     # about other parts of the same text.
     [held_out] = sorted(PLAYS.glob("test/*.txt"))
-    whole = [from_text(held_out.read_text("utf-8"), source=held_out.name, line=0)]
+    alone = [from_text(held_out.read_text("utf-8"), source=held_out.name, line=0)]
+    plays = [from_text(file.read_text("utf-8"), source=file.name, line=0) for file in sorted(PLAYS.glob("*/*.txt"))]
     arrays: dict[str, npt.NDArray[Any]] = {}
     with Report() as report:
         hardware, source = opened(ModelOptions(model=model), report)
@@ -161,13 +171,13 @@ def score_plays(model: str, scheme: str, adapter: Path | None) -> dict[str, npt.
             if adapter is not None and name == "after":
                 folder = adapter_folder(adapter, say=report.say, warn=report.warn)
                 adapters.apply_(loaded, peft.read(folder))
-            for over, texts_of, length in ((DOCUMENTS, named, 256), (ROWS, whole, 128)):
+            for over, texts_of, length in ((DOCUMENTS, named, 256), (PASSAGES, plays, 128), (ROWS, alone, 128)):
                 packed = to_text(Reading(texts_of), TextOptions(seq_len=length), source.tokenizer(), report)
                 scored = packed.measurable(0)
                 with report.progress(len(scored), f"Scoring {over} ({name})") as bar:
                     units = score(loaded, scored, n_bytes=1, batch_size=8, progress=bar.advance).units
                 assert units is not None
-                assert units.over == over
+                assert units.over == (ROWS if over == PASSAGES else over)
                 arrays |= {f"{over} {name}": units.nats, f"{over} tokens": units.tokens}
     return arrays
 
@@ -181,6 +191,7 @@ def main() -> None:
     parser.add_argument("--losses", type=Path, help="file that keeps the losses of --model")
     args = parser.parse_args()
     pools = [documents(), documents(skewed=True), rows(), rows(correlation=0.3)]
+    pools += [rows(over=PASSAGES), rows(over=PASSAGES, chapters=1.0)]
     if args.model:
         pools += plays(args.model, args.scheme, args.adapter, args.losses)
     failed = False

@@ -15,7 +15,12 @@ Percentiles of bootstrap draws of documents, which were here before, are too nar
 of the tokens: of documents with lengths spread as exp(N(0, 1)) they covered 88 % at 20 documents and 90 % at 50, BCa
 less, and studentized draws 90 and 91 %. `python benchmarks/interval_coverage.py` measures the coverage and the width.
 
-**Rows in order.** Text of fewer than MIN_UNITS documents, such as the end of a novel, has its rows as units, whose
+**Passages.** Of few long texts one passage is held out at a random place of each stretch (octavo.data.passages). SE is
+from the differences of neighbours, which leave out what distant stretches differ by: so does the mean, since each
+stretch is in it (successive differences, Wolter, Introduction to Variance Estimation, 2007, chapter 8). An interval
+over passages is about other parts of these texts.
+
+**Rows in order.** Other text of fewer than MIN_UNITS documents, such as the end of a novel, has its rows as units, whose
 neighbours depend on each other. SE is from the means of squares of the first nu cosine-weighted sums of residuals,
 df = nu = 0.4 n^(2/3) (Lazarus, Lewis, Stock and Watson 2018): waves that are long against the dependence have the
 variance of the mean. Means of blocks of consecutive rows, drawn or not, cover less: 88 to 92 % for 50 rows with a
@@ -36,7 +41,7 @@ from octavo.runs.events import Interval
 
 CONFIDENCE = 0.95
 MIN_UNITS = 10
-DOCUMENTS, ROWS = "documents", "rows in order"
+DOCUMENTS, PASSAGES, ROWS = "documents", "passages", "rows in order"
 VARIANCE_POWER = 1.3
 MAX_WAVES = 200  # of rows in order: more degrees of freedom make no interval narrower by 1 %
 
@@ -45,9 +50,9 @@ Floats = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False)
 class Units:
-    """The sums of the losses of units of a text that has `documents` documents in `rows` rows."""
+    """The sums of the losses of units of a text that has `documents` documents or passages in `rows` rows."""
 
-    over: str  # DOCUMENTS or ROWS
+    over: str  # DOCUMENTS, PASSAGES or ROWS
     nats: Floats  # (n,)
     tokens: npt.NDArray[np.int64]  # (n,), each at least 1
     documents: int
@@ -60,13 +65,22 @@ class Units:
 
 
 def units_of(
-    nats: Floats, tokens: npt.NDArray[np.int64], documents: npt.NDArray[np.int64], rows: npt.NDArray[np.int64]
+    nats: Floats,
+    tokens: npt.NDArray[np.int64],
+    documents: npt.NDArray[np.int64],
+    rows: npt.NDArray[np.int64],
+    *,
+    passages: bool = False,
 ) -> Units:
-    """The units of a text from its parts (P,): losses, tokens, and the numbers of the document and of the row."""
+    """The units of a text from its parts (P,): losses, tokens, and the numbers of the document and of the row.
+
+    With `passages` the documents are passages of fewer documents.
+    """
     of_document, n_documents = _numbered(documents[tokens > 0])
     of_row, n_rows = _numbered(rows[tokens > 0])
     nats, tokens = nats[tokens > 0], tokens[tokens > 0]
-    over, numbers = (DOCUMENTS, of_document) if n_documents >= MIN_UNITS else (ROWS, of_row)
+    whole = PASSAGES if passages else DOCUMENTS
+    over, numbers = (whole, of_document) if n_documents >= MIN_UNITS else (ROWS, of_row)
     token_sums = np.bincount(numbers, weights=tokens).astype(np.int64)
     return Units(over, np.bincount(numbers, weights=nats).astype(np.float64), token_sums, n_documents, n_rows)
 
@@ -79,7 +93,12 @@ def interval(units: Units) -> Interval | None:
     total = units.tokens.sum()
     mean = float(units.nats.sum() / total)
     residuals = units.nats - mean * units.tokens  # (n,)
-    variance, degrees = _by_rows(residuals) if units.over == ROWS else _by_documents(residuals, units.tokens / total)
+    if units.over == PASSAGES:
+        variance, degrees = _by_passages(residuals)
+    elif units.over == ROWS:
+        variance, degrees = _by_rows(residuals)
+    else:
+        variance, degrees = _by_documents(residuals, units.tokens / total)
     half = t_quantile((1 + CONFIDENCE) / 2, degrees) * math.sqrt(variance) / float(total)
     return Interval(mean - half, mean + half, n, units.over, CONFIDENCE)
 
@@ -114,6 +133,13 @@ def _by_documents(residuals: Floats, weights: Floats) -> tuple[float, float]:
     cross = (weights**2 / k).sum() * (u**2 / k).sum() + (weights * u / k).sum() ** 2
     squares = 2 * cross + (v**2 - (2 * weights * u / k) ** 2).sum()
     return variance, max(1.0, float(total**2 / squares))
+
+
+def _by_passages(residuals: Floats) -> tuple[float, float]:
+    """(variance of the sum of residuals of n stretches in order, its degrees of freedom): with independent residuals
+    of equal variance s^2 the sum of (r_i+1 - r_i)^2 has the mean 2 (n - 1) s^2 and the variance 4 (3 n - 4) s^4."""
+    n = len(residuals)
+    return n / (2 * (n - 1)) * float((np.diff(residuals) ** 2).sum()), 2 * (n - 1) ** 2 / (3 * n - 4)
 
 
 def _by_rows(residuals: Floats) -> tuple[float, float]:

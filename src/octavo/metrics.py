@@ -100,10 +100,14 @@ def _units(rows: Sequence[Row], losses: npt.NDArray[np.float64]) -> tuple[Units,
     numbers = np.repeat(np.arange(len(rows)), [len(row.documents) for row in rows])
     parts = np.concatenate(nats), np.concatenate(tokens), documents, numbers  # (P,) each
     names = np.array([name for row in rows for name in row.files], dtype=object)  # (P,), or () in rows without files
-    return units_of(*parts), _units_of_files(names, parts) if len(names) == len(documents) else {}
+    passages = any(row.passages for row in rows)
+    files = _units_of_files(names, parts, passages=passages) if len(names) == len(documents) else {}
+    return units_of(*parts, passages=passages), files
 
 
-def _units_of_files(names: npt.NDArray[np.object_], parts: Sequence[npt.NDArray[Any]]) -> dict[str, Units]:
+def _units_of_files(
+    names: npt.NDArray[np.object_], parts: Sequence[npt.NDArray[Any]], *, passages: bool
+) -> dict[str, Units]:
     """The units of each file from its name for each part; {} if there is one file. One pass, however many there are."""
     scored = parts[1] > 0  # tokens
     several, numbers, counts = np.unique(names[scored], return_inverse=True, return_counts=True)
@@ -111,4 +115,4 @@ def _units_of_files(names: npt.NDArray[np.object_], parts: Sequence[npt.NDArray[
         return {}
     order, stops = np.argsort(numbers, kind="stable"), np.cumsum(counts)[:-1]  # the parts of a file keep their order
     of_files = zip(*(np.split(part[scored][order], stops) for part in parts), strict=True)
-    return {str(name): units_of(*of_file) for name, of_file in zip(several, of_files, strict=True)}
+    return {str(name): units_of(*of_file, passages=passages) for name, of_file in zip(several, of_files, strict=True)}

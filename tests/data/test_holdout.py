@@ -6,12 +6,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import PreTrainedTokenizerFast
 
 from octavo.data import holdout
-from octavo.data.holdout import NGRAM, copies, cut, digest, shared_text, split
+from octavo.data.holdout import NGRAM, copies, digest, shared_text, split
 from octavo.data.records import Document, from_fields
-from octavo.data.tokens import encode
 from octavo.data.turns import Message
 from octavo.errors import UsageError
 
@@ -120,19 +118,6 @@ def test_shared_runs_equal_those_of_a_plain_search(
     assert shared.tokens == sum(map(sum, masks))
     assert shared.shared == sum(counts)
     assert shared.near_copies == tuple(n for n, count in enumerate(counts) if count > 0.5 * sum(masks[n]))
-
-
-def test_a_single_text_is_cut_into_a_beginning_and_a_rest(tokenizer: PreTrainedTokenizerFast) -> None:
-    text = "The quality of mercy is not strained, it droppeth as the gentle rain from heaven. " * 5
-    whole = encode(Document("f", 1, text=text), tokenizer)
-    first, rest = cut(whole, 40, tokenizer)
-    assert np.concatenate([first.ids, rest.ids]).tolist() == whole.ids.tolist()
-    assert first.ids[-1] != tokenizer.eos_token_id
-    assert rest.ids[-1] == tokenizer.eos_token_id
-    assert not rest.trained[0]
-    assert rest.trained[1:].all()
-    opening = len(tokenizer.decode(rest.ids[:1].tolist()))
-    assert first.n_bytes + opening + rest.n_bytes == whole.n_bytes
 
 
 def test_alpacas_fields_and_a_conversation_are_copies_of_each_other() -> None:

@@ -9,17 +9,14 @@ import hashlib
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from octavo.data.bytes import token_bytes
-from octavo.data.encoding import bos_ids
 from octavo.data.ngrams import CHUNK_TOKENS, hashes, joined
 from octavo.data.records import ALPACA_HEADINGS, Document
-from octavo.data.tokens import Tokens
 from octavo.errors import UsageError
 
 if TYPE_CHECKING:
@@ -93,20 +90,6 @@ def split(documents: Sequence[Document], *, fraction: float, seed: int) -> tuple
     for index, document in enumerate(documents):
         sides[index in test].append(document)
     return sides
-
-
-def cut(tokens: Tokens, at: int, tokenizer: PreTrainedTokenizerFast) -> tuple[Tokens, Tokens]:
-    """A plain text split before token `at`: (its beginning, without an EOS token; its rest, with a BOS token)."""
-    lengths = token_bytes(tokenizer)  # (V,)
-    begin = np.array(bos_ids(tokenizer), dtype=np.int32)
-    rest = np.concatenate([begin, tokens.ids[at:]])
-    trained = np.arange(len(rest)) >= max(1, len(begin))
-    first = replace(tokens, ids=tokens.ids[:at], trained=tokens.trained[:at])
-    before = len(tokens.ids) - len(rest)
-    positions = tuple((max(0, index - before), name) for index, name in tokens.positions)
-    second = replace(tokens, ids=rest, trained=trained, positions=positions)
-    sides = (replace(side, n_bytes=int(lengths[side.ids[side.trained]].sum())) for side in (first, second))
-    return next(sides), next(sides)
 
 
 def bare_tokens(tokenizer: PreTrainedTokenizerFast) -> npt.NDArray[np.int32]:

@@ -27,7 +27,7 @@ class FileLedger:
     left_out: int = 0  # tokens that are in no packed row
     padding: int = 0  # padding of the packed rows whose last document is of this file; not in `tokens`
     repeated_bos: int = 0  # BOS tokens before the parts of long documents but the first; not in `tokens`
-    documents: int = 0  # documents that were read
+    documents: int = 0  # documents that were read, or parts of a document that held-out passages divide
     dropped: int = 0  # documents left out whole: too short, copies, held out too, or with too few distinct tokens
     copies: int = 0  # documents with the tokens of an earlier one, which --deduplicate drops
     skipped: int = 0  # records that could not be read, or the file itself; they are in no other count

@@ -46,6 +46,7 @@ class Row:
     sources: tuple[str, ...]  # "file:line" or "file: page 3" of each piece in the row, once, in order
     documents: tuple[int, ...]  # of each piece, its document's index in the sequence that was packed
     files: tuple[str, ...] = ()  # of each piece, its document's file
+    passages: bool = False  # whether the documents are passages: parts of few documents, for octavo.intervals
 
 
 @dataclass(frozen=True)
@@ -290,7 +291,8 @@ def _fill(
         sources = tuple(dict.fromkeys(places))
         documents = tuple(piece.index for piece in pieces)
         files = tuple(tokens[piece.index].source for piece in pieces)
-        filled.append(Row(ids[row], labels[row], positions[row], numbers[row], sources, documents, files))
+        passages = any(tokens[piece.index].is_passage for piece in pieces)
+        filled.append(Row(ids[row], labels[row], positions[row], numbers[row], sources, documents, files, passages))
     return filled
 
 

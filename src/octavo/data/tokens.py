@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Tokens:
-    """One document as token ids. The last id is the EOS token.
+    """One document as token ids. The last id is the EOS token, except in a passage that is not the end of a text.
 
     `trained[i]` is True if `ids[i]` has a loss. The first token has none, since no token precedes it.
     """
@@ -45,6 +45,7 @@ class Tokens:
     n_bytes: int  # UTF-8 bytes of the text of the trained tokens, for bits per byte; the EOS token counts 0
     n_after: int = 0  # a conversation's tokens after the last trained turn: none is trained, so not in `ids`
     positions: tuple[tuple[int, str], ...] = ()  # (index of a token, name of the page or chapter that begins there)
+    is_passage: bool = False  # a part of a document that is divided (octavo.data.passages)
 
     def where(self, index: int) -> str:
         """`file:line` of the document; `file: page 3` of the token `index` if the format has pages or chapters."""

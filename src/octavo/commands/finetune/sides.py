@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING
 
 from octavo.commands.data import Encoded, Text, encode, read_documents, show_ledger, to_rows, with_windows
 from octavo.config import Config, RunOptions, TextOptions, TrainingData, TrainOptions
-from octavo.data import holdout
+from octavo.data import holdout, passages
 from octavo.data.documents import Reading
 from octavo.data.ledger import Overlap
 from octavo.data.records import Document
+from octavo.data.tokens import Tokens
 from octavo.errors import UsageError
+from octavo.intervals import MIN_UNITS
 from octavo.reporting import Report
 
 if TYPE_CHECKING:
@@ -89,8 +91,10 @@ def _sides(config: Config, tokenizer: PreTrainedTokenizerFast, report: Report) -
         return _Sides(train, encoded(held_out_text), encoded_documents(copies) if copies else None, "as given")
     if data.test_fraction == 0:
         return _Sides(encoded(training), None, None, "nothing")
-    if len(training.documents) == 1:
-        return _tail(encoded(training), data.test_fraction, tokenizer, report)
+    if _few_texts(training.documents):
+        sides = _passages(encoded(training), data.test_fraction, seed, tokenizer, report)
+        if sides.test or len(training.documents) == 1:
+            return sides
     remaining, rest = holdout.split(training.documents, fraction=data.test_fraction, seed=seed)
     count = len(training.documents)
     report.say(f"Held out: {len(rest):,} of {count:,} documents, chosen by their content and the seed.")
@@ -104,21 +108,53 @@ def _sides(config: Config, tokenizer: PreTrainedTokenizerFast, report: Report) -
     return _Sides(train, encoded_documents(rest), None, "a share of the documents")
 
 
-def _tail(encoded: Encoded, fraction: float, tokenizer: PreTrainedTokenizerFast, report: Report) -> _Sides:
-    """Splits a single text: its last fraction of tokens is held out. A single record is not split."""
-    (document,) = encoded.documents
-    if not document.text or not encoded.tokens:
+def _few_texts(documents: Sequence[Document]) -> bool:
+    """Whether all are plain texts, and so few that whole ones give no interval; copies of a text stay on one side."""
+    if len(documents) >= MIN_UNITS or not all(document.text for document in documents):
+        return len(documents) == 1
+    return len({holdout.digest(document) for document in documents}) == len(documents)
+
+
+def _passages(
+    encoded: Encoded, fraction: float, seed: int, tokenizer: PreTrainedTokenizerFast, report: Report
+) -> _Sides:
+    """Holds passages of few texts out; of one that is too short for passages its end. A single record is not split."""
+    if not encoded.tokens or not all(document.text for document in encoded.documents):
         return _Sides(encoded, None, None, "nothing")
-    (tokens,) = encoded.tokens
-    count = len(tokens.ids) - 1  # without the EOS token
-    at = count - max(1, round(fraction * count))
-    if at < 2 or count - at < 2:
-        return _Sides(encoded, None, None, "nothing")
-    first, rest = holdout.cut(tokens, at, tokenizer)
-    report.say(f"Held out: the last {count - at:,} of {count:,} tokens of {document.source}, its only document.")
-    ending = replace(document, text=str(tokenizer.decode(tokens.ids[at:-1].tolist())), positions=())
-    test = Encoded([ending], [rest], [], Counter(), Counter(), {}, {}, encoded.revisions)
-    return _Sides(replace(encoded, tokens=[first]), test, None, "the end of the one document")
+    counts = [len(tokens.ids) - 1 for tokens in encoded.tokens]  # without the EOS token
+    ends = passages.line_ends(tokenizer)
+    wanted = [
+        passages.to_lines(spans, tokens.ids[:count], ends)
+        for spans, tokens, count in zip(
+            passages.spans(counts, fraction=fraction, seed=seed), encoded.tokens, counts, strict=True
+        )
+    ]
+    how, (first, *others) = "passages of the documents", encoded.documents
+    if not any(wanted):
+        at = counts[0] - max(1, round(fraction * counts[0]))
+        if others or at < 2 or counts[0] - at < 2:
+            return _Sides(encoded, None, None, "nothing")
+        how, wanted = "the end of the one document", [[(at, counts[0])]]
+    held_out = sum(stop - start for spans in wanted for start, stop in spans)
+    of = f"{held_out:,} of {sum(counts):,} tokens of {first.source if not others else f'{len(counts)} documents'}"
+    if how.startswith("the end"):
+        report.say(f"Held out: the last {of}, its only document.")
+    else:
+        number = sum(map(len, wanted))
+        report.say(f"Held out: {number} passages spread over all of the text, {of}, at places chosen by the seed.")
+    train: list[Tokens] = []
+    test: list[Tokens] = []
+    texts: list[Document] = []
+    for document, tokens, spans in zip(encoded.documents, encoded.tokens, wanted, strict=True):
+        kept, parts = passages.separate(tokens, spans, tokenizer)
+        train += kept
+        test += parts
+        texts += [
+            replace(document, line=part.line, positions=(), text=str(tokenizer.decode(tokens.ids[start:stop].tolist())))
+            for part, (start, stop) in zip(parts, spans, strict=True)
+        ]
+    side = Encoded(texts, test, [], Counter(), Counter(), {}, {}, encoded.revisions)
+    return _Sides(replace(encoded, tokens=train), side, None, how)
 
 
 def _overlap(sides: _Sides, tokenizer: PreTrainedTokenizerFast, report: Report) -> Overlap:
