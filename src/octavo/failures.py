@@ -36,6 +36,10 @@ _MEMORY_HINT = (
     "Try a smaller --batch-size or --seq-len, or --scheme nf4, close other programs, or raise the limit (`ulimit -v`); "
     + _AGAIN
 )
+_GPU_MEMORY_HINT = (
+    "Try a smaller --batch-size or --seq-len, or --scheme nf4, end other programs that use the GPU, or raise "
+    "--gpu-memory if it is given; " + _AGAIN
+)
 # Texts with which CUDA and Triton report that the machine lacks something for its GPU: (text, message, hint).
 _NO_KERNELS = "--no-kernels uses PyTorch's functions in place of octavo's kernels."
 _GPU_SETUP = (
@@ -118,6 +122,8 @@ def _explained(error: BaseException, *, first: bool) -> OctavoError | None:
         return None
     if code is not None:
         return _system(error, code)
+    if type(error).__name__ == "OutOfMemoryError":
+        return OctavoError(f"The memory of the GPU ran out: {_first_sentences(error)}", hint=_GPU_MEMORY_HINT)
     if isinstance(error, RuntimeError | ImportError | SystemError) and out_of_memory(error):
         return OctavoError(f"Memory ran out: {cut(_first_line(error))}", hint=_MEMORY_HINT)
     if isinstance(error, Exception) and (explanation := _gpu_setup(error)) is not None:
@@ -170,6 +176,11 @@ def _number(error: BaseException) -> int | None:
 
 def _first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), "")
+
+
+def _first_sentences(error: BaseException, most: int = 2) -> str:
+    """Of PyTorch's message the error and its size; the rest lists processes by their numbers."""
+    return " ".join(re.split(r"(?<=\.) (?=[A-Z])", _first_line(error))[:most])
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

@@ -20,7 +20,7 @@ from the differences of neighbours, which leave out what distant stretches diffe
 stretch is in it (successive differences, Wolter, Introduction to Variance Estimation, 2007, chapter 8). An interval
 over passages is about other parts of these texts.
 
-**Rows in order.** Other text of fewer than MIN_UNITS documents, such as the end of a novel, has its rows as units, whose
+**Rows in order.** Other text of fewer than MIN_UNITS documents, such as one given play, has its rows as units, whose
 neighbours depend on each other. SE is from the means of squares of the first nu cosine-weighted sums of residuals,
 df = nu = 0.4 n^(2/3) (Lazarus, Lewis, Stock and Watson 2018): waves that are long against the dependence have the
 variance of the mean. Means of blocks of consecutive rows, drawn or not, cover less: 88 to 92 % for 50 rows with a

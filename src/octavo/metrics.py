@@ -17,6 +17,7 @@ import numpy.typing as npt
 from octavo.data.loader import batches
 from octavo.data.packing import IGNORE_INDEX, Row
 from octavo.intervals import Units, units_of
+from octavo.layers.context import ForwardOptions
 from octavo.models import Decoder
 from octavo.objective import token_losses
 
@@ -53,23 +54,33 @@ def score(
     *,
     n_bytes: int,
     batch_size: int,
+    tiled_head: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> Score:
-    """The score of all labelled tokens of `rows`, in eval mode. `progress(n)` is called after each batch of n rows."""
-    each = label_losses(model, rows, batch_size=batch_size, progress=progress)  # (N,)
+    """The score of all labelled tokens of `rows`, in eval mode. `progress(n)` is called after each batch of n rows.
+
+    `tiled_head` is that of the memory plan (layers.context.ForwardOptions).
+    """
+    each = label_losses(model, rows, batch_size=batch_size, tiled_head=tiled_head, progress=progress)  # (N,)
     units, files = _units(rows, each)
     return Score(float(each.sum()), len(each), n_bytes, units, files)
 
 
 def label_losses(
-    model: Decoder, rows: Sequence[Row], *, batch_size: int, progress: Callable[[int], None] | None = None
+    model: Decoder,
+    rows: Sequence[Row],
+    *,
+    batch_size: int,
+    tiled_head: bool = False,
+    progress: Callable[[int], None] | None = None,
 ) -> npt.NDArray[np.float64]:
-    """(N,) -log p of each label of `rows` in nats, in their order, in eval mode. `progress` as in `score`."""
+    """(N,) -log p of each label of `rows` in nats, in their order, in eval mode. Options as in `score`."""
+    options = ForwardOptions(tiled_head=tiled_head)
     was_training = model.training
     model.eval()
     losses: list[npt.NDArray[np.float64]] = []  # of each batch
     for batch in batches(rows, batch_size=batch_size, seed=0, epochs=1, shuffle=False):
-        losses.append(token_losses(model, batch).double().cpu().numpy())
+        losses.append(token_losses(model, batch, options).double().cpu().numpy())
         if progress:
             progress(len(batch.ids))
     model.train(was_training)

@@ -129,15 +129,17 @@ def measure(
     batch: int,
     report: Report,
     stop_ids: Collection[int] = (),
+    tiled_head: bool = False,
 ) -> Measured:
     """Scores the general text and the cloze probes in batches of `batch` rows, and generates the samples."""
+    options: dict[str, Any] = {"batch_size": batch, "tiled_head": tiled_head}
     rows = [*probes.general, *probes.cloze]
     with report.progress(len(rows), "Scoring general text and cloze probes") as bar:
-        general = label_losses(model, probes.general, batch_size=batch, progress=bar.advance)
+        general = label_losses(model, probes.general, **options, progress=bar.advance)
         answers = [answer for probe in probes.probes for answer in probe.answers]
         nats = np.zeros(0)
         if answers:
-            losses = label_losses(model, probes.cloze, batch_size=batch, progress=bar.advance)
+            losses = label_losses(model, probes.cloze, **options, progress=bar.advance)
             nats = document_losses(probes.cloze, losses, len(answers)) / [len(answer) for answer in answers]
     samples = np.zeros((0, copies.NEW_TOKENS), dtype=np.int64)
     if probes.prompts:

@@ -46,10 +46,12 @@ def score_rows(
     batch: int,
     label: str,
     report: Report,
+    tiled_head: bool = False,
 ) -> Score:
     """The score of packed rows, with a progress bar."""
+    n_bytes = trained_bytes(rows, tokenizer)
     with report.progress(len(rows), label) as bar:
-        return score(model, rows, n_bytes=trained_bytes(rows, tokenizer), batch_size=batch, progress=bar.advance)
+        return score(model, rows, n_bytes=n_bytes, batch_size=batch, tiled_head=tiled_head, progress=bar.advance)
 
 
 def score_row(

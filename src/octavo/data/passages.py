@@ -11,6 +11,7 @@ Legend: V vocabulary size, n tokens of a text.
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -123,7 +124,7 @@ def separate(
     places = sorted({0, n, *(place for span in held_out for place in span if place < n - 1)})  # n - 1: the EOS token
     sides: tuple[list[Tokens], list[Tokens]] = ([], [])
     line = tokens.line
-    for first, last in zip(places[:-1], places[1:], strict=True):
+    for first, last in itertools.pairwise(places):
         side = sides[any(start <= first < stop for start, stop in held_out)]
         side.append(_part(tokens, (first, last), begin, lengths, line=line))
         line += str(tokenizer.decode(tokens.ids[first:last].tolist())).count("\n")

@@ -33,9 +33,10 @@ def dry_run(run: Run) -> None:
     run.trainer.optimizer.zero_gradients()
     run.micro_step.release()
     run.model.eval()
-    rows = run.test_rows[: run.micro_step.plan.rows]
+    plan = run.micro_step.plan
+    rows = run.test_rows[: plan.rows]
     if rows:
-        score(run.model, rows, n_bytes=0, batch_size=len(rows))
+        score(run.model, rows, n_bytes=0, batch_size=len(rows), tiled_head=plan.tiled_head)
     if run.hardware.capabilities.is_gpu:
         torch.cuda.empty_cache()
     folder = run.folder.dry_run

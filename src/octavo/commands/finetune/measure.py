@@ -28,9 +28,10 @@ from octavo.commands.scores import (
     score_row,
     score_rows,
 )
-from octavo.config import RunOptions, TextOptions, TrainOptions, WindowOptions
+from octavo.config import ModelOptions, RunOptions, TextOptions, TrainOptions, WindowOptions
 from octavo.data.loader import batches_per_epoch
 from octavo.errors import AdapterError
+from octavo.hardware.capabilities import actual_capabilities
 from octavo.metrics import Score
 from octavo.models import Decoder
 from octavo.ops.quantize import scheme_named
@@ -50,7 +51,7 @@ def measure_base(run: Run, *, compare_full: bool) -> None:
     Then the adapter of --init-adapter is put on the model.
     """
     report, hardware = run.report, run.hardware
-    events.Hardware(str(hardware.device), hardware.name, str(hardware.dtype)).write(report)
+    events.Hardware(str(hardware.device), _name_of(run), str(hardware.dtype)).write(report)
     versions().write(report)
     if run.test and run.test.ledger.overlap:
         events.Overlap(**asdict(run.test.ledger.overlap)).write(report)
@@ -233,6 +234,14 @@ def table_row(run: Run, name: str, scheme: Scheme, result: Score) -> ScoreRow:
     return replace(row, also_in_training=run.test.ledger.overlap.share) if run.test and run.test.ledger.overlap else row
 
 
+def _name_of(run: Run) -> str:
+    """The name of the device; under --pretend those of both GPUs: the speed of a run is that of the real one."""
+    name, device = run.hardware.name, run.hardware.device
+    if run.config[ModelOptions].pretend is None:
+        return name
+    return f"{actual_capabilities(device).name}, as {name}"
+
+
 def _record_losses(run: Run, name: str, result: Score) -> None:
     documents = run.test.documents if run.test else []
     record_losses(name, result, run.test_rows, documents, step=run.state.done, report=run.report)
@@ -241,8 +250,11 @@ def _record_losses(run: Run, name: str, result: Score) -> None:
 def _score(run: Run, model: Decoder, label: str) -> Score:
     run.micro_step.release()  # frees the memory of captured graphs for the evaluation
     # A window may be longer than the rows that the memory plan is for.
-    batch = max(1, run.micro_step.plan.rows * run.config[TextOptions].seq_len // len(run.test_rows[0].ids))
-    return score_rows(model, run.test_rows, run.tokenizer, batch=batch, label=label, report=run.report)
+    plan = run.micro_step.plan
+    batch = max(1, plan.rows * run.config[TextOptions].seq_len // len(run.test_rows[0].ids))
+    return score_rows(
+        model, run.test_rows, run.tokenizer, batch=batch, label=label, report=run.report, tiled_head=plan.tiled_head
+    )
 
 
 def _reference_logits(run: Run) -> Tensor:

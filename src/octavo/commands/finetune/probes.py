@@ -36,5 +36,11 @@ def _measured(run: Run, prepared: ProbeSet) -> Measured:
     run.micro_step.release()  # frees the memory of captured graphs
     batch = max(1, run.micro_step.plan.rows * run.config[TextOptions].seq_len // len(prepared.general[0].ids))
     return probes.measure(
-        run.model, prepared, run.tokenizer, batch=batch, stop_ids=end_ids(run.source), report=run.report
+        run.model,
+        prepared,
+        run.tokenizer,
+        batch=batch,
+        stop_ids=end_ids(run.source),
+        report=run.report,
+        tiled_head=run.micro_step.plan.tiled_head,
     )

@@ -11,7 +11,7 @@ rounds 1 and 3: the answer to whether another cell is better is a comparison on 
 whole run. On all of the text a short trial makes fewer passes than a whole run and cannot overfit, so it prefers rates
 that are too high: of SmolLM2 over Python sources 3e-3 is best after 27 steps, and has two thirds of the improvement of
 1e-4 to 3e-4 after 800 steps, 5 passes; 213 steps on all of the plays chose 1e-3, with half of the improvement.
-On a tenth and on a quarter of the text 3e-4 was best for both, as in whole runs (docs/log.md). Of a whole run of at most
+On a tenth and a quarter of the text 3e-4 was best for both, as in whole runs (docs/log.md). Of a whole run of at most
 one pass, which cannot overfit either, the best rate falls with its steps as steps^-0.3 (arXiv 2409.19913): there the
 rate of round 1 is scaled. Successive halving (arXiv 1502.07943) reached 62 % of a grid's improvement.
 With alpha in proportion to the rank, a higher rank is much like a higher rate, so the rank is tried last.

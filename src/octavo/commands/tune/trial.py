@@ -160,7 +160,9 @@ def trained(run: Run, clock: Clock, progress: Progress) -> list[float] | None:
 def losses(run: Run, rows: Sequence[Row], clock: Clock) -> Units:
     """The losses of a model on a part of the held-out text, by unit. Raises as `Clock.check`."""
     run.micro_step.release()
-    size = run.micro_step.plan.rows
-    units = score(run.model, rows, n_bytes=0, batch_size=size, progress=lambda _: clock.check()).units
+    plan = run.micro_step.plan
+    units = score(
+        run.model, rows, n_bytes=0, batch_size=plan.rows, tiled_head=plan.tiled_head, progress=lambda _: clock.check()
+    ).units
     assert units is not None
     return units
