@@ -128,6 +128,21 @@ def test_a_gpu_with_less_memory_cannot_run_in_place_of_another(shares: list[floa
     assert shares == []
 
 
+@pytest.mark.parametrize(("name", "real", "lacking"), [
+    ("3060", devices.T4, "bfloat16, Triton's dots"), ("1080Ti", devices.TESLA_M60, "Triton"),
+    ("T4", devices.P100, "8-bit matmuls"), ("4090", devices.A100, "fp8"), ("5090", devices.RTX_4090, "TMA"),
+])  # fmt: skip
+def test_a_gpu_without_the_instructions_of_another_cannot_run_in_place_of_it(
+    name: str, real: capabilities.Capabilities, lacking: str, shares: list[float], on: On
+) -> None:
+    real = replace(real, memory_bytes=80 * GIB)
+    with pytest.raises(UsageError, match=f"--pretend {name} needs what the {real.name} lacks: {lacking}\\.") as caught:
+        pretend_(name, on(real))
+    assert f"octavo plan --gpu {name}" in str(caught.value.hint)
+    assert shares == []
+    assert capabilities._replaced == {}
+
+
 def test_an_unknown_name_is_an_error_that_lists_the_others() -> None:
     for name in ("T5", "A100", "3090", ""):
         with pytest.raises(UsageError, match=f"'{name}'") as caught:
