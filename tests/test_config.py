@@ -265,6 +265,12 @@ def test_a_memory_size_is_the_number_times_the_unit(number: int, unit: str) -> N
     assert size_in_bytes(f"{number} {unit.lower()}") == number * base ** ("KMGT".index(unit[0]) + 1)
 
 
+@pytest.mark.parametrize("size", ["9" * 400, "9" * 308 + "TiB", "0.0000000000001K", "1048577TiB"])
+def test_a_memory_size_that_no_device_has_is_an_error(size: str) -> None:
+    with pytest.raises(UsageError, match="--gpu-memory: must be auto or a size like 11GiB"):
+        Config.read(cli.FINETUNE, {"gpu_memory": size})
+
+
 def test_the_defaults_choose_the_fastest_plan_for_the_machine() -> None:
     options = Config.read(cli.FINETUNE, {})[MemoryOptions]
     assert (options.gpu_memory, options.recompute, options.attention) == ("auto", "auto", "auto")

@@ -341,6 +341,19 @@ def test_a_plan_fits_only_if_a_run_would_take_it(hollow: Path) -> None:
             ask(gpu_memory=short)
 
 
+def test_packed_documents_take_the_memory_of_a_mask_on_a_gpu_without_flash_attention(hollow: Path) -> None:
+    """A GPU that is named, and one that is here. The mask is 2048 x 2048 values of 2 bytes."""
+    config = config_of(hollow, seq_len=2048, batch_size=1, matmul="exact")
+
+    def peak(hardware: Hardware, name: str | None) -> int:
+        gpu = GPUS[name] if name else None
+        planner = run_plan.planner_for(config, FolderSource(hollow), SCHEMES["int8"], hardware, gpu, documents=4)
+        return planner.smallest().peak_bytes
+
+    assert peak(CPU, "T4") - peak(CPU, "RTX 3060") >= 2 * 2048**2
+    assert peak(devices.hardware(devices.T4), None) - peak(RTX_3060, None) >= 2 * 2048**2
+
+
 def test_the_time_of_a_step_is_proportional_to_its_micro_batches(hollow: Path) -> None:
     one, three = (plan_result(hollow, batch_size=2 * count, micro_batch_size=2)["plans"][0] for count in (1, 3))
     assert one["micro_batch_size"] == three["micro_batch_size"] == 2

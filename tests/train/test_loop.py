@@ -528,3 +528,13 @@ def test_float16_skips_the_update_when_gradients_overflow(float16_base: Decoder)
     assert len(norms) > 1
     assert not step.skipped
     assert any(not torch.equal(value, before[name]) for name, value in values(trainer).items())
+
+
+def test_24_overflows_in_a_row_are_skipped_and_the_25th_stops_the_run(float16_base: Decoder) -> None:
+    trainer = trainer_of(float16_base, total=40)
+    next(iter(trainer.parameters.values())).register_hook(lambda gradient: gradient * torch.inf)
+    before, steps = values(trainer), train(trainer, batches(rows(1), batch_size=1, seed=SEED))
+    assert all(next(steps).skipped for _ in range(24))
+    with pytest.raises(TrainingError, match="gradient is not finite at step 25"):
+        next(steps)
+    assert all(torch.equal(value, before[name]) for name, value in values(trainer).items())

@@ -223,6 +223,16 @@ def test_an_overflow_halves_the_scale_and_finite_steps_double_it() -> None:
     assert scaler.good_steps == 0
 
 
+def test_the_scale_doubles_after_200_finite_steps_up_to_2_to_the_24() -> None:
+    scaler = LossScaler(torch.float16)
+    for _ in range(199):
+        scaler.update(finite=True)
+    assert scaler.scale == 2.0**13
+    for _ in range(12 * 200 + 1):
+        scaler.update(finite=True)
+    assert scaler.scale == 2.0**24
+
+
 def test_unscale_divides_gradients_by_the_loss_scale() -> None:
     scaler, groups = LossScaler(torch.float16), flatten_(fresh_parameters())
     fill(groups, {name: gradient * scaler.scale for name, gradient in gradients_of(0).items()})

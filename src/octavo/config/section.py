@@ -14,6 +14,8 @@ from pydantic.fields import FieldInfo
 
 from octavo.bounded_json import encodable
 
+MOST_BYTES = 2**60  # of a MemorySize
+
 
 def _split_commas(value: object) -> object:
     """A list of strings from "a,b" or from a list of such strings."""
@@ -72,8 +74,10 @@ def _check_path(path: str) -> None:
 def _memory_size(value: object) -> object:
     """auto, or a number with a unit: 11GiB, 11.5 GB, 8192MiB; a bare number is GiB."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]i?B|[KMGT])?\s*", str(value), re.IGNORECASE)
-    if str(value) == "auto" or (match and float(match[1]) > 0):
-        return str(value)
+    if str(value) == "auto" or (match and 0 < float(match[1]) < MOST_BYTES):  # more would be infinite in bytes
+        size = size_in_bytes(str(value))
+        if size is None or 1 <= size <= MOST_BYTES:
+            return str(value)
     raise ValueError("must be auto or a size like 11GiB")
 
 

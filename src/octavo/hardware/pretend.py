@@ -2,8 +2,7 @@
 
 The GPU that is there keeps its speed, and its compiler makes other instructions. The types, the kernels with their
 tiles, the implementation of attention and the memory are those of the other GPU, since each is a function of
-`Capabilities`. A newer GPU than the one that is there has instructions that it lacks, so only its memory and its tiles
-can be had.
+`Capabilities`. A GPU with types or instructions that the one that is there lacks cannot be had.
 """
 
 from __future__ import annotations
@@ -75,13 +74,18 @@ def capabilities_like(name: str) -> Capabilities:
 def pretend_(name: str, here: Hardware, dtype: str = "auto") -> Hardware:
     """From now on the device of `here` has the capabilities and the memory of the GPU `name`, in this process.
 
-    Returns its hardware, with `dtype` as in `pick`. UsageError without an NVIDIA GPU with as much memory, and for a
-    dtype that the GPU `name` does not have; then nothing is changed.
+    Returns its hardware, with `dtype` as in `pick`. UsageError without an NVIDIA GPU with as much memory and with its
+    types and instructions, and for a dtype that the GPU `name` does not have; then nothing is changed.
     """
     wanted, real = capabilities_like(name), actual_capabilities(here.device)
     if real.compute_capability is None:
         raise UsageError(
             f"--pretend {name} needs an NVIDIA GPU that runs in place of it; this is {real.name}.",
+            hint=f"`octavo plan --gpu {name}` needs no GPU.",
+        )
+    if lacking := _lacking(wanted, real):
+        raise UsageError(
+            f"--pretend {name} needs what the {real.name} lacks: {', '.join(lacking)}.",
             hint=f"`octavo plan --gpu {name}` needs no GPU.",
         )
     if real.memory_bytes < wanted.memory_bytes:
@@ -94,6 +98,18 @@ def pretend_(name: str, here: Hardware, dtype: str = "auto") -> Hardware:
     replace_capabilities_(here.device, wanted)
     limit_memory_(here.device, wanted.memory_bytes, reason=PRETENDED)
     return pretended
+
+
+def _lacking(wanted: Capabilities, real: Capabilities) -> list[str]:
+    """The types and instructions that choices for `wanted` may use, and that the GPU that is there does not have."""
+    needed = {
+        "Triton": (wanted.triton, real.triton),
+        "Triton's dots": (wanted.triton_dots, real.triton_dots),
+        "8-bit matmuls": (wanted.matmul_8bit, real.matmul_8bit),
+        "fp8": (wanted.fp8, real.fp8),
+        "TMA": (wanted.tma, real.tma),
+    }
+    return [*sorted(wanted.dtypes - real.dtypes), *(what for what, (needs, has) in needed.items() if needs and not has)]
 
 
 def restore_() -> None:

@@ -342,6 +342,19 @@ def test_force_resumes_with_other_settings_if_the_shapes_fit(tune: Tune, halfway
     assert any("dropout" in event["text"] for event in events(halfway, "warn"))
 
 
+@pytest.mark.parametrize(("before", "now", "scale"), [("float16", "float32", 1.0), ("float32", "float16", 2.0**13)])
+def test_force_with_another_dtype_begins_with_the_loss_scale_of_that_dtype(
+    tune: Tune, tmp_path: Path, before: str, now: str, scale: float
+) -> None:
+    """A scale that nothing divides by again would be a factor of all gradients."""
+    tune(tmp_path / "run", steps=2, stop_after=1, checkpoint_every=1, dtype=before)
+    tune(tmp_path / "run", steps=2, checkpoint_every=1, dtype=now, resume=True, force=True)
+    saved = json.loads((tmp_path / "run" / "checkpoints" / "step-00000002" / "state.json").read_text())
+    assert saved["scaler"]["scale"] == scale
+    norms = [event["grad_norm"] for event in events(tmp_path / "run", "step")]
+    assert norms[1] < 100 * norms[0]
+
+
 def test_force_cannot_make_another_shape_fit(tune: Tune, halfway: Path) -> None:
     with pytest.raises(CheckpointError, match="of shape"):
         tune(halfway, **{**LONG, "rank": 4}, resume=True, force=True)

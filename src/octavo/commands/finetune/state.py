@@ -269,8 +269,9 @@ def _restore_state(run: Run, saved: checkpoint.Checkpoint) -> None:
     try:
         position, scaler = saved.state["position"], saved.state["scaler"]
         state.position = Position(*(_count(position, "position", key) for key in ("epoch", "index")))
-        scale = _field(number, scaler, "scaler", "scale", least=0, most=MAX_COUNT)
-        run.trainer.scaler.load_state({"scale": scale, "good_steps": _count(scaler, "scaler", "good_steps")})
+        if saved.state["identity"].get("dtype") == str(run.hardware.dtype):  # with --force it may be another
+            scale = _field(number, scaler, "scaler", "scale", least=0, most=MAX_COUNT)
+            run.trainer.scaler.load_state({"scale": scale, "good_steps": _count(scaler, "scaler", "good_steps")})
         state.best = saved.state["best"]
         if state.best is not None:
             _count(state.best, "best", "step")
