@@ -19,7 +19,7 @@ from tests.conftest import WORDS
 from octavo.commands.tune import search
 from octavo.commands.tune.record import Record, read
 from octavo.commands.tune.rounds import Cell
-from octavo.commands.tune.trial import halves
+from octavo.commands.tune.trial import OutOfTimeError, halves
 from octavo.data.packing import IGNORE_INDEX, Row
 from octavo.errors import CheckpointError
 
@@ -96,7 +96,7 @@ def test_a_search_whose_first_trial_takes_too_long_says_what_it_needs(
     octavo: Octavo, arguments: list[object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def late(*_: Any) -> None:
-        raise search.OutOfTimeError
+        raise OutOfTimeError
 
     monkeypatch.setattr(search, "_tried", late)
     done = octavo(*arguments)
