@@ -147,7 +147,7 @@ def test_help_shows_usual_options_then_panels_with_defaults_and_choices(
     ):  # fmt: skip
         assert text in help_text
     assert "(needs octavo[eval])" in octavo("evaluate", "--help").out
-    assert "0 success, 1 failure, 2 invalid usage, 130 Ctrl-C" in octavo("--help").out
+    assert "0 success, 1 failure, 2 invalid usage, 3 too little time (tune), 130 Ctrl-C" in octavo("--help").out
 
 
 @pytest.mark.parametrize("command", COMMANDS)
