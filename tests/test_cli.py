@@ -147,7 +147,7 @@ def test_help_shows_usual_options_then_panels_with_defaults_and_choices(
     ):  # fmt: skip
         assert text in help_text
     assert "(needs octavo[eval])" in octavo("evaluate", "--help").out
-    assert "0 success, 1 failure, 2 invalid usage, 130 Ctrl-C" in octavo("--help").out
+    assert "0 success, 1 failure, 2 invalid usage, 3 too little time (tune), 130 Ctrl-C" in octavo("--help").out
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -256,7 +256,7 @@ def test_json_of_finetune(octavo: Octavo, tiny_llama: Path, plays: Path, tmp_pat
 
 
 def test_the_gain_of_a_run_has_one_unit(octavo: Octavo, tiny_llama: Path, plays: Path, tmp_path: Path) -> None:
-    """Bits per byte, with perplexity beside it: in the table, in the verdict and in the report."""
+    """Bits per byte, and perplexity: in the table, in the verdict and in the report."""
     done = octavo(
         "finetune", "--model", tiny_llama, "--data", plays / "train", "--test-data", plays / "test", "--no-probes",
         "--out", tmp_path / "run", "--steps", 4, "--batch-size", 2, "--seq-len", 32, "--rank", 2, "--sample-tokens", 4,

@@ -88,6 +88,15 @@ def test_out_of_memory_in_python_and_torch() -> None:
         assert "ulimit" in explanation.hint
 
 
+def test_a_full_gpu_is_named_without_the_list_of_processes() -> None:
+    text = "CUDA out of memory. Tried to allocate 48.00 MiB. GPU 0 has a total capacity of 139.80 GiB. Process 1084 has"
+    explanation = explained(torch.OutOfMemoryError(text))
+    assert explanation is not None
+    assert explanation.message == "The memory of the GPU ran out: CUDA out of memory. Tried to allocate 48.00 MiB."
+    assert "--gpu-memory" in explanation.hint
+    assert "ulimit" not in explanation.hint
+
+
 def test_the_cause_of_another_error_is_explained() -> None:
     try:
         try:

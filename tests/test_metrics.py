@@ -16,6 +16,7 @@ from octavo.adapters import AdapterPlan
 from octavo.data.packing import Row, pack, pack_windows
 from octavo.data.tokens import Tokens
 from octavo.intervals import DOCUMENTS
+from octavo.layers.fused_linear import FusedLinear
 from octavo.layers.lora import LoraSpec
 from octavo.metrics import Score, score
 from octavo.models import Decoder
@@ -128,6 +129,19 @@ def test_the_score_does_not_depend_on_the_batch_size(models: tuple[Any, Decoder]
     for other in others:
         assert other.tokens == single.tokens
         assert other.nats == pytest.approx(single.nats, rel=1e-6)
+
+
+def test_the_score_with_a_head_in_tiles_is_the_same(
+    models: tuple[Any, Decoder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = models[1]
+    whole = scored(model)
+    tiles = []
+    of_tiles = FusedLinear.tiles
+    monkeypatch.setattr(FusedLinear, "tiles", lambda head, x, rows: tiles.append(rows) or of_tiles(head, x, rows))
+    tiled = score(model, rows(), n_bytes=1, batch_size=3, tiled_head=True)
+    assert tiles
+    assert tiled.loss == pytest.approx(whole.loss, rel=1e-5)
 
 
 def test_bits_per_byte_are_nats_over_the_log_of_2_and_the_bytes() -> None:

@@ -95,10 +95,10 @@ def _signature(
             rich_help_panel=None if name in usual else panels[name],
         )
         parameters.append(_parameter(name, Annotated[_flag_type(field) | None, option]))
-    for name, text in switches.items():
-        switch = typer.Option(flag_of(name), help=text)
-        parameters.append(_parameter(name, Annotated[bool, switch], default=False))
     panel = "Settings and output"
+    for name, text in switches.items():
+        switch = typer.Option(flag_of(name), help=text, rich_help_panel=panel)
+        parameters.append(_parameter(name, Annotated[bool, switch], default=False))
     config = typer.Option("--config", help="A YAML file with these options.", show_default=False, rich_help_panel=panel)
     show = typer.Option("--print-config", help="Print all values as YAML and exit.", rich_help_panel=panel)
     as_json = typer.Option(

@@ -13,9 +13,9 @@ from tokenizers.processors import TemplateProcessing
 
 from octavo.commands.data import LEDGER_COLUMNS, Text, marked, read_documents, show_data, show_ledger, to_text
 from octavo.config import Config, DataOptions, ModelOptions, TextOptions
-from octavo.data.holdout import cut
 from octavo.data.ledger import FileLedger, Ledger
 from octavo.data.packing import IGNORE_INDEX
+from octavo.data.passages import separate
 from octavo.data.tokens import encode
 from octavo.errors import DataError, UsageError
 from octavo.reporting import Report
@@ -302,7 +302,7 @@ def test_positions_are_the_tokens_of_the_text_there_also_after_a_cut(two_chapter
     (_, first), (at, second) = encoded.positions
     assert tokenizer.decode(encoded.ids[at:]).startswith("The Ebb")
     assert (encoded.where(at - 1), encoded.where(at)) == (f"{two_chapters}: {first}", f"{two_chapters}: {second}")
-    _, rest = cut(encoded, at - 5, tokenizer)
+    _, (rest,) = separate(encoded, [(at - 5, len(encoded.ids))], tokenizer)
     ebb = next(index for index in range(len(rest.ids)) if rest.where(index).endswith(second))
     assert tokenizer.decode(rest.ids[ebb:]).startswith("The Ebb")
     assert rest.where(0) == f"{two_chapters}: {first}"

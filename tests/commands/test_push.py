@@ -73,8 +73,9 @@ def test_the_readme_holds_verdict_hashes_and_intervals(run: Path, plays: Path) -
     assert "base_model" not in metadata  # it has no hub id
     for sentence in opened.verdict.sentences:
         assert sentence in readme
-    assert opened.rows[0]["interval"] is not None
     row = opened.rows[0]
+    assert row["interval"] is not None
+    assert row["loss"] is not None
     assert f"{row['interval']['low'] * row['bits_per_byte'] / row['loss']:.4f} to" in readme
     assert "nats" not in readme
     for file in [*(plays / "train").iterdir(), *(plays / "test").iterdir()]:

@@ -67,7 +67,8 @@ def test_a_stopped_run_is_resumed_to_the_recorded_losses(octavo: Octavo, samples
     before = (samples / "run" / "metrics.jsonl").read_bytes().splitlines()
     done = octavo("finetune", "--resume", "--out", "run", "--json")
     assert done.code == 0, done.err
-    assert "warning" not in done.err
+    warnings = [line for line in done.err.splitlines() if line.startswith("warning: ")]
+    assert [line for line in warnings if "The held-out text has 1 document in 9 rows" not in line] == []
     assert (done.json["steps"], done.json["best_step"]) == (make.STEPS, make.STEPS)
     found, expected = make.losses(samples / "run"), EXPECTED["losses"]
     assert [len(expected[kind]) for kind in ("step", "heldout")] == [make.STEPS, 4]

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 import octavo.commands.finetune as package
+from octavo import metrics
+from octavo.commands.finetune import measure
 from octavo.commands.finetune.dry_run import dry_run
 from octavo.commands.finetune.prepare import prepare
 from octavo.commands.finetune.state import Run, contents_of
@@ -317,11 +319,10 @@ def test_a_plan_that_does_not_fit_is_replaced_before_the_run_starts(
     seen = fails(monkeypatch, 1)
     tune(tmp_path / "run", **still)
     assert seen[:2] == [4, 1]
-    warnings = [event["text"] for event in events(tmp_path / "run") if event["event"] == "warn"]
-    assert len(warnings) == 1
-    assert "micro-batches of 1 sequence," in warnings[0]
-    recorded = [event["event"] for event in events(tmp_path / "run")]
-    assert recorded.index("warn") < recorded.index("hardware")
+    recorded = events(tmp_path / "run")
+    [place] = [n for n, event in enumerate(recorded) if "micro-batches of 1 sequence," in event.get("text", "")]
+    assert recorded[place]["event"] == "warn"
+    assert place < [event["event"] for event in recorded].index("hardware")
     monkeypatch.undo()
     tune(tmp_path / "whole", **still)
     losses = [[e["loss"] for e in events(tmp_path / n) if e["event"] == "step"] for n in ("run", "whole")]
@@ -352,3 +353,22 @@ def test_without_held_out_text_there_is_no_evaluation(
     monkeypatch.setattr(module, "score", pytest.fail)
     with Report(console=False) as report:
         dry_run(prepare(settings(tmp_path / "run", test_data=[], test_fraction=0.0), report))
+
+
+@pytest.mark.parametrize("tiled", [False, True])
+def test_evaluations_read_the_head_as_the_plan_says(
+    prepared_run: Run, monkeypatch: pytest.MonkeyPatch, tiled: bool
+) -> None:
+    """In tiles a whole dequantized head has no place: an evaluation with one ran out of memory under a tight limit."""
+    prepared_run.micro_step.plan = replace(prepared_run.micro_step.plan, tiled_head=tiled)
+    given = []
+    label_losses = metrics.label_losses
+
+    def seen(*values: Any, tiled_head: bool, **options: Any) -> Any:
+        given.append(tiled_head)
+        return label_losses(*values, tiled_head=tiled_head, **options)
+
+    monkeypatch.setattr(metrics, "label_losses", seen)
+    dry_run(prepared_run)
+    measure._score(prepared_run, prepared_run.model, "Scoring")
+    assert given == [tiled] * 2

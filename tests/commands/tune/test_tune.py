@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 from tests.conftest import WORDS
 
-from octavo.commands.tune import search
+from octavo.commands.tune import search, trial
 from octavo.commands.tune.record import Record, read
 from octavo.commands.tune.rounds import Cell
-from octavo.commands.tune.trial import halves, share_of_text
+from octavo.commands.tune.trial import OutOfTimeError, halves, share_of_text
 from octavo.config import TrainOptions
 from octavo.data.packing import IGNORE_INDEX, Row
 from octavo.errors import CheckpointError
@@ -97,7 +97,7 @@ def test_a_search_whose_first_trial_takes_too_long_says_what_it_needs(
     octavo: Octavo, arguments: list[object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def late(*_: Any) -> None:
-        raise search.OutOfTimeError
+        raise OutOfTimeError
 
     monkeypatch.setattr(search, "_tried", late)
     done = octavo(*arguments)
@@ -154,7 +154,7 @@ def test_trials_have_the_share_of_the_text_that_their_steps_are(
     for number in range(12):
         (tmp_path / "train" / f"more{number}.txt").write_text(" ".join(WORDS[number : number + 20]))
     shares = []
-    of_prepared = search.prepared
+    of_prepared = trial.prepared
 
     def seen(base: Any, *values: Any, **options: Any) -> Any:
         run = of_prepared(base, *values, **options)
