@@ -136,9 +136,14 @@ def test_the_score_with_a_head_in_tiles_is_the_same(
 ) -> None:
     model = models[1]
     whole = scored(model)
-    tiles = []
+    tiles: list[int] = []
     of_tiles = FusedLinear.tiles
-    monkeypatch.setattr(FusedLinear, "tiles", lambda head, x, rows: tiles.append(rows) or of_tiles(head, x, rows))
+
+    def counted(head: FusedLinear, x: Any, rows: int) -> Any:
+        tiles.append(rows)
+        return of_tiles(head, x, rows)
+
+    monkeypatch.setattr(FusedLinear, "tiles", counted)
     tiled = score(model, rows(), n_bytes=1, batch_size=3, tiled_head=True)
     assert tiles
     assert tiled.loss == pytest.approx(whole.loss, rel=1e-5)
