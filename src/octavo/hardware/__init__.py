@@ -4,7 +4,8 @@ Importing this package does not import torch; the functions that need torch impo
 """
 
 from octavo.hardware.capabilities import Capabilities, capabilities_of, read_cpu
-from octavo.hardware.gpus import GPUS, USABLE, Measured, Peak, gpu_named, gpus_with, nearest, other_sizes, peak
+from octavo.hardware.gpu_names import gpu_named, gpus_with, nearest, other_sizes, peak
+from octavo.hardware.gpus import GPUS, USABLE, Measured, Peak
 from octavo.hardware.memory import (
     free_memory_bytes,
     free_ram_bytes,

@@ -20,7 +20,7 @@ from octavo.hardware.capabilities import (
     replace_capabilities_,
     restore_capabilities_,
 )
-from octavo.hardware.gpus import gpu_named
+from octavo.hardware.gpu_names import gpu_named
 from octavo.hardware.memory import PRETENDED, limit_memory_, remove_memory_limits_
 from octavo.hardware.selection import Hardware, hardware_for
 
