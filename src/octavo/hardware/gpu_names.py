@@ -11,7 +11,7 @@ from octavo.hardware.gpus import GPUS, Peak
 _BRANDS = frozenset({"nvidia", "geforce", "tesla", "quadro", "rtx", "gtx"})
 # Words for a different GPU with the same number: an RTX 3080 Ti is not an RTX 3080.
 _VARIANTS = frozenset({
-    "ti", "super", "d", "laptop", "mobile", "max", "maxq", "nvl", "mig", "ada", "blackwell", "cnx",
+    "ti", "super", "d", "laptop", "mobile", "max", "maxq", "nvl", "mig", "ada", "blackwell", "cnx", "fhhl",
 })  # fmt: skip
 # The profile of a virtual GPU, which has a part of the memory and throughput: the 4Q of "GRID T4-4Q", the 2B4 of
 # "GRID T4-2B4", the 10CME of "NVIDIA H100-1-10CME". Source: NVIDIA, Virtual GPU Software User Guide, "Virtual GPU
@@ -20,6 +20,7 @@ _NOT_ONE_GPU = re.compile(r"\d+[abcq]\d*|\d+cme|\d*x\d*")
 _NUMBER_BEFORE = re.compile(r"\W*\d{1,3}\b(?!\s*gi?b)")  # "2 RTX 4090", but "80 GB A100" is one GPU
 _SIZE = re.compile(r"(\d+)gb")
 _SIZE_TOLERANCE = 0.02  # names have the size of the data sheet: 141GB for an H200
+_LIKENESS = 0.8  # of two names, by difflib, between which there is a typing error
 
 
 def peak(name: str) -> Peak | None:
@@ -32,8 +33,8 @@ def gpu_named(name: str) -> str | None:
     """The key of GPUS that a person means: its name from the driver, or the key in any case, with or without blanks and
     brand. 4090, RTX4090 and "rtx 4090" are the RTX 4090; 1080Ti is the GTX 1080 Ti.
 
-    None for an unknown name and for one of several GPUs: A100. RTX5000 is the Quadro RTX 5000 of 2018: the RTX 5000 Ada
-    is another GPU.
+    None for an unknown name and for one of several GPUs: A100, Titan. RTX5000 is the Quadro RTX 5000 of 2018: the RTX
+    5000 Ada is another GPU.
     """
     if (key := _key(name)) is not None:
         return key
@@ -45,7 +46,8 @@ def gpu_named(name: str) -> str | None:
         of_key = _words(key)
         surplus = {word for word in words - of_key - _BRANDS if not _SIZE.fullmatch(word)}
         of_another = brands - of_key - {"nvidia", "geforce", "tesla"}
-        if not surplus and not of_another and _matches(key, words | (of_key & _BRANDS)):
+        optional = of_key & _BRANDS if of_key & _BRANDS and any(map(_number, of_key)) else frozenset()
+        if not surplus and not of_another and _matches(key, words | optional):
             return key
     return None
 
@@ -65,14 +67,45 @@ def other_sizes(name: str) -> list[str]:
 
 
 def nearest(name: str, most: int = 4) -> list[str]:
-    """The keys of GPUS that resemble an unknown name, the nearest first: RTX 3060 for 3060. Empty if none does."""
-    words = _words(name)
-    numbers = {word for word in words if re.search(r"\d", word) and not _SIZE.fullmatch(word)}
-    similar = [key for key in GPUS if numbers & _words(key)]
-    if similar:
-        return sorted(similar, key=lambda key: len(words ^ _words(key)))[:most]
-    keys = {key.lower(): key for key in GPUS}
-    return [keys[match] for match in get_close_matches(name.lower(), keys, n=most)]
+    """The keys of GPUS that an unknown name may be a wrong spelling of: RTX 4090 for "RXT 4090" and for "GTX 4090".
+
+    They have the numbers of the name and no variant that it does not have, so an RTX 5060 is not near to a GTX 1060, nor
+    an RTX 4090 to an "RTX 4090 Laptop". Another memory size ("RTX 4090 48GB") and a number of GPUs ("2x RTX 4090") are
+    left out. Empty if there is none.
+    """
+    counted = re.sub(r"^\W*\d{1,2}\s*x?\s+(?=\D)|\bx\d{1,2}$", "", name.lower())  # "2x RTX 4090": one of them is used
+    words = _without_sizes(counted)
+    if not _is_one_gpu(counted) or not any(map(_number, words)):
+        return []
+    variants, plain = words & _VARIANTS, words - _BRANDS
+    keys = [key for key in GPUS if _without_sizes(key) & _VARIANTS == variants]
+    same = [key for key in keys if _without_sizes(key) - _BRANDS == plain]
+    if not same:
+        joined, typed = {key: _joined(key) for key in keys}, _joined(counted)
+        exact = [typed] if typed in joined.values() else []
+        alike = exact or get_close_matches(typed, joined.values(), n=most, cutoff=_LIKENESS)
+        same = [key for key in keys if joined[key] in alike and _numbers(joined[key]) == _numbers(typed)]
+    return same[:most]
+
+
+def _joined(name: str) -> str:
+    """The letters and digits of a name without its maker: rtxa6000 for "NVIDIA RTX A 6000"."""
+    return re.sub(r"^nvidia|geforce|tesla", "", "".join(re.findall(r"[a-z0-9]+", name.lower())))
+
+
+def _numbers(joined: str) -> tuple[list[str], str]:
+    """(the numbers of a name, the letters after the last one): these make another GPU, as the D of a 4090D."""
+    return re.findall(r"\d+", joined), joined[len(joined.rstrip("abcdefghijklmnopqrstuvwxyz")) :]
+
+
+def _without_sizes(name: str) -> frozenset[str]:
+    """The words of a name but its memory size."""
+    return frozenset(word for word in _words(name) if not _SIZE.fullmatch(word))
+
+
+def _number(word: str) -> bool:
+    """Whether a word of a name has the number of a GPU."""
+    return any(character.isdigit() for character in word)
 
 
 def _key(name: str) -> str | None:
@@ -101,7 +134,7 @@ def _matches(key: str, words: frozenset[str]) -> bool:
 def _words(name: str) -> frozenset[str]:
     """The words of a name in lower case: RTX4060Ti is RTX 4060 Ti, and 12 GB is 12GB."""
     spaced = re.sub(
-        r"(?<=quadro)(?=rtx)|(?<=[rg]tx)(?=a?\d)|(?<=\d)(?=ti|super)|(?<=\bti)(?=super)|(?<=\dti)(?=super)",
+        r"(?<=quadro)(?=rtx)|(?<=titan)(?=rtx|xp|v)|(?<=[rg]tx)(?=a?\d)|(?<=\d)(?=ti|super)|(?<=\bti)(?=super)|(?<=\dti)(?=super)",
         " ",
         name.lower().replace("\u00d7", "x"),
     )
