@@ -57,8 +57,8 @@ def test_a_table_is_written_between_its_markers(script: ModuleType) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("FOO", "octavo has no data of the GPU 'FOO'. Supported are H200, "),
-        ("RTX 3061", "octavo has no data of the GPU 'RTX 3061'. Similar names: RTX 3060"),
+        ("FOO", "octavo has no data of the GPU 'FOO'. Supported are B200, H200, "),
+        ("RXT 3060", "octavo has no data of the GPU 'RXT 3060'. Similar names: RTX 3060"),
         ("A100", "'A100' can be several GPUs. Use one of A100 40GB, A100 80GB, A100 80GB PCIe."),
         (
             "5060 Ti",
