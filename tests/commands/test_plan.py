@@ -148,8 +148,7 @@ def test_8bit_matmuls_are_an_error_for_a_gpu_that_has_none(
 def test_what_the_times_rest_on_is_said_also_without_any(octavo: Octavo, hollow: Path) -> None:
     arguments = ("plan", "--model", hollow, "--seq-len", 256, "--gpu-memory", "14GiB")
     none, t4, plain = (
-        octavo(*arguments, *more)
-        for more in ((), ("--gpu", "T4"), ("--gpu", "T4", "--no-kernels", "--no-cuda-graphs"))
+        octavo(*arguments, *more) for more in ((), ("--gpu", "T4"), ("--gpu", "T4", "--no-kernels", "--no-cuda-graphs"))
     )
     assert "No time is computed, since no GPU is named" in none.err
     assert "slower than that" not in t4.err

@@ -51,6 +51,7 @@ from octavo.hardware.pretend import MODELS
         ("NVIDIA TITAN RTX", "Titan RTX"),
         ("NVIDIA TITAN Xp", "Titan Xp"),
         ("Tesla P40", "P40"),
+        ("Quadro P5000", "Quadro P5000"),
         ("NVIDIA A10", "A10"),
         ("NVIDIA A10G", "A10G"),
         ("NVIDIA A40", "A40"),
@@ -124,10 +125,14 @@ def test_a_gpu_with_a_similar_name_is_unknown(name: str) -> None:
 def test_int8_has_twice_the_rate_of_half_precision_on_server_gpus_and_four_times_on_geforce() -> None:
     for key, row in hardware.GPUS.items():
         workstation = key.startswith(("RTX A", "Titan RTX")) or key.endswith(" Ada")
-        geforce = key.startswith(("RTX ", "GTX ", "Titan Xp", "P4")) and not workstation  # a P40 has a GeForce's rates
+        geforce = (
+            key.startswith(("RTX ", "GTX ", "Titan Xp", "P4", "Quadro P")) and not workstation
+        )  # a P40 has a GeForce's rates
         volta = row.compute_capability == (7, 0)  # 16-bit tensor cores, and int8 without
         times = 1 if key.startswith("P100") else 0.5 if volta else 4 if geforce else 2
-        assert row.int8_ops_per_second / row.half_flops_per_second == pytest.approx(times, rel=0.09 if volta else 0.02), key
+        assert row.int8_ops_per_second / row.half_flops_per_second == pytest.approx(
+            times, rel=0.09 if volta else 0.02
+        ), key
 
 
 def test_a_gpu_without_one_usual_memory_has_keys_with_sizes() -> None:
@@ -185,8 +190,12 @@ def test_another_number_generation_or_variant_is_no_similar_name(name: str) -> N
 @pytest.mark.parametrize(
     ("name", "forward", "backward"),
     [
-        ("P100", False, False), ("GTX 1080 Ti", False, False), ("V100 32GB", False, False), ("T4", True, False),
-        ("GTX 1660 Ti", False, False), ("A100 80GB", True, True),
+        ("P100", False, False),
+        ("GTX 1080 Ti", False, False),
+        ("V100 32GB", False, False),
+        ("T4", True, False),
+        ("GTX 1660 Ti", False, False),
+        ("A100 80GB", True, True),
     ],  # fmt: skip
 )
 def test_8bit_matmuls_are_planned_for_the_passes_that_have_them(name: str, forward: bool, backward: bool) -> None:

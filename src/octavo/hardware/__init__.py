@@ -18,8 +18,8 @@ from octavo.hardware.rates import LAUNCH_SECONDS, Rates, basis, rates_of
 from octavo.hardware.selection import DTYPES, Hardware, hardware_for, pick
 
 __all__ = [
-    "DTYPES", "GPUS", "LAUNCH_SECONDS", "USABLE", "Capabilities", "Hardware", "Measured", "Peak", "Rates", "basis", "capabilities_of",
-    "free_memory_bytes", "free_ram_bytes", "gpu_named", "gpus_with", "hardware_for", "limit_memory_",
-    "memory_limit_bytes", "nearest", "notice", "other_sizes", "peak", "peak_memory_bytes", "pick", "pretend_",
-    "rates_of", "read_cpu", "restore_",
+    "DTYPES", "GPUS", "LAUNCH_SECONDS", "USABLE", "Capabilities", "Hardware", "Measured", "Peak", "Rates", "basis",
+    "capabilities_of", "free_memory_bytes", "free_ram_bytes", "gpu_named", "gpus_with", "hardware_for",
+    "limit_memory_", "memory_limit_bytes", "nearest", "notice", "other_sizes", "peak", "peak_memory_bytes", "pick",
+    "pretend_", "rates_of", "read_cpu", "restore_",
 ]  # fmt: skip

@@ -69,9 +69,9 @@ def other_sizes(name: str) -> list[str]:
 def nearest(name: str, most: int = 4) -> list[str]:
     """The keys of GPUS that an unknown name may be a wrong spelling of: RTX 4090 for "RXT 4090" and for "GTX 4090".
 
-    They have the numbers of the name and no variant that it does not have, so an RTX 5060 is not near to a GTX 1060, nor
-    an RTX 4090 to an "RTX 4090 Laptop". Another memory size ("RTX 4090 48GB") and a number of GPUs ("2x RTX 4090") are
-    left out. Empty if there is none.
+    They have the numbers and the variants of the name, so an RTX 5060 is not near to a GTX 1060, nor an RTX 4090 to an
+    "RTX 4090 Laptop". A memory size ("RTX 4090 48GB") and a number of GPUs ("2x RTX 4090") are not compared. Empty if
+    there is none.
     """
     counted = re.sub(r"^\W*\d{1,2}\s*x?\s+(?=\D)|\bx\d{1,2}$", "", name.lower())  # "2x RTX 4090": one of them is used
     words = _without_sizes(counted)

@@ -92,9 +92,9 @@ def _measured(
 # Vendors' data sheets: dense float16/bfloat16 matmuls with float32 accumulation in TFLOP/s, dense int8 matmuls in
 # TOP/s, memory bandwidth in GB/s, compute capability, generation of PCIe, memory in GiB. GeForce GPUs have half rate
 # with float32 accumulation, so their int8 rate is four times the first value; elsewhere it is twice. GPUs without
-# tensor cores (P100, P4, P40, GTX 10 and 16, Titan Xp) accumulate in float32 at their float32 rate; the P100 has no int8
-# instructions, so int8 has that rate too. The int8 rate of those with such instructions (DP4A), which a V100 and a Titan
-# V have beside their 16-bit tensor cores, is four times the float32 rate. `measured`: docs/design/gpu-times.md.
+# tensor cores (Pascal and GTX 16) accumulate in float32 at their float32 rate; the P100 has no int8 instructions, so
+# int8 has that rate too. The int8 rate of those with such instructions (DP4A), which a V100 and a Titan V have in
+# addition to 16-bit tensor cores, is four times the float32 rate. `measured`: docs/design/gpu-times.md.
 # Data sheets write GB for memory and mean GiB, before the part for ECC; of the H200's 141 GB about 139 GiB are usable.
 # A T4's driver reports 15 of its 16 GiB, and PyTorch 14.56.
 # A key matches a driver's GPU name that has all words of the key, and no other memory size than its row; the longest
@@ -125,6 +125,8 @@ _ROWS: dict[str, Peak] = {
     "V100S": _peak(130, 65.6, 1134, (7, 0), 3, 32),
     "P40": _peak(11.8, 47, 346, (6, 1), 3, 24),
     "P4": _peak(5.5, 22, 192, (6, 1), 3, 8),
+    "Quadro P6000": _peak(12.6, 50.5, 432, (6, 1), 3, 24),
+    "Quadro P5000": _peak(8.9, 35.5, 288, (6, 1), 3, 16),
     "RTX 6000 Ada": _peak(364.2, 728.5, 960, (8, 9), 4, 48),
     "RTX 5000 Ada": _peak(261.1, 522.2, 576, (8, 9), 4, 32),
     "RTX A6000": _peak(154.8, 309.7, 768, (8, 6), 4, 48, measured=_measured((95, 131.2), 0.88)),

@@ -97,7 +97,9 @@ def _instead(asked: str | None) -> str:
         return choices
     gpu, plan = GPUS[asked], f" `octavo plan {quoted(['--gpu', asked])}` has its memory and times."
     alike = [key for key, model in MODELS.items() if model.compute_capability == gpu.compute_capability]
-    large = [key for key in alike if gpu.usable_bytes is not None and gpu.usable_bytes <= MODELS[key].memory_gib * 2**30]
+    large = [
+        key for key in alike if gpu.usable_bytes is not None and gpu.usable_bytes <= MODELS[key].memory_gib * 2**30
+    ]
     if not large or gpu.usable_bytes is None:
         return choices + plan
     limit = f"{gpu.usable_bytes / 2**30:.1f}GiB"

@@ -52,7 +52,7 @@ PUBLISHED, SIMILAR = 1.25, 1.5  # the least spread of a rate from figures of the
 STEPS_ERROR, WIDE_ERROR = (0.8, 1.5), (0.85, 1.2)
 
 # Seconds by which a kernel of a captured step is longer than its work takes: it starts, and its last blocks run alone.
-# Measured on an H200: steps of 13 models with layers narrower than 4,096 were 1.0 to 11.4 microseconds a kernel longer
+# Measured on an H200: steps of 13 models with layers narrower than 4,096 were 0.9 to 11.2 microseconds a kernel longer
 # than forecast (benchmarks/plan_families.csv; Gemma 2, whose attention is slow, is left out).
 LAUNCH_SECONDS = 1e-6, 12e-6
 
