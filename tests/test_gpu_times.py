@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -38,6 +39,15 @@ def test_the_page_has_a_row_of_the_job_for_every_gpu(script: ModuleType, page: s
     table = page.partition("<!-- job -->\n")[2].partition("\n<!-- end of job -->")[0]
     assert table.startswith(script.JOB)
     assert [line.split(" | ")[0][2:] for line in table.removeprefix(script.JOB).splitlines()] == [*script.NAMES]
+
+
+def test_the_minutes_of_the_job_are_the_same_on_the_page_of_measurements(page: str) -> None:
+    table = page.partition("<!-- job -->\n")[2].partition("\n<!-- end of job -->")[0]
+    minutes = {line.split(" | ")[0][2:]: line.split(" | ")[-1][:-2] for line in table.splitlines()[2:]}
+    measured = (BENCHMARKS.parent / "docs/measured.md").read_text(encoding="utf-8")
+    said = re.findall(r"([\d.]+ to [\d.]+) (?:minutes )?on an? ((?:RTX|GTX|Quadro|T4|P100)[\w ]*)", measured)
+    assert len(said) == 5
+    assert {name: minutes[name] for _, name in said} == {name: text for text, name in said}
 
 
 @pytest.mark.parametrize("name", ["RTX 5090", "RTX A6000"])

@@ -125,14 +125,12 @@ def test_a_gpu_with_a_similar_name_is_unknown(name: str) -> None:
 def test_int8_has_twice_the_rate_of_half_precision_on_server_gpus_and_four_times_on_geforce() -> None:
     for key, row in hardware.GPUS.items():
         workstation = key.startswith(("RTX A", "Titan RTX")) or key.endswith(" Ada")
-        geforce = (
-            key.startswith(("RTX ", "GTX ", "Titan Xp", "P4", "Quadro P")) and not workstation
-        )  # a P40 has a GeForce's rates
+        pascal = key.startswith(("Titan Xp", "P4", "Quadro P"))  # DP4A, as on the GTX 10
+        geforce = pascal or (key.startswith(("RTX ", "GTX ")) and not workstation)
         volta = row.compute_capability == (7, 0)  # 16-bit tensor cores, and int8 without
         times = 1 if key.startswith("P100") else 0.5 if volta else 4 if geforce else 2
-        assert row.int8_ops_per_second / row.half_flops_per_second == pytest.approx(
-            times, rel=0.09 if volta else 0.02
-        ), key
+        ratio, error = row.int8_ops_per_second / row.half_flops_per_second, 0.09 if volta else 0.02
+        assert ratio == pytest.approx(times, rel=error), key
 
 
 def test_a_gpu_without_one_usual_memory_has_keys_with_sizes() -> None:
@@ -196,7 +194,7 @@ def test_another_number_generation_or_variant_is_no_similar_name(name: str) -> N
         ("T4", True, False),
         ("GTX 1660 Ti", False, False),
         ("A100 80GB", True, True),
-    ],  # fmt: skip
+    ],
 )
 def test_8bit_matmuls_are_planned_for_the_passes_that_have_them(name: str, forward: bool, backward: bool) -> None:
     gpu = hardware.GPUS[name]

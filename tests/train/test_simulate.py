@@ -386,7 +386,7 @@ def test_a_narrow_model_takes_the_time_in_which_its_kernels_start(key: str) -> N
 
 def test_operations_that_start_a_kernel_are_counted() -> None:
     x = torch.empty(256, 256, device=META)
-    steps = {
+    steps: dict[int, list[Callable[[], Any]]] = {
         0: [lambda: x.view(-1), lambda: x.T, lambda: torch.empty_like(x)],
         1: [lambda: x + 1, lambda: x @ x, lambda: x.zero_(), lambda: matmul_8bit_into(x, x[0], x, x)],
         2: [lambda: (x @ x).exp(), lambda: F.linear(x, x).add_(1)],

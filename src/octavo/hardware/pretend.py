@@ -95,14 +95,13 @@ def _instead(asked: str | None) -> str:
     choices = f"Choose {', '.join(MODELS)}."
     if asked is None:
         return choices
-    gpu, plan = GPUS[asked], f" `octavo plan {quoted(['--gpu', asked])}` has its memory and times."
-    alike = [key for key, model in MODELS.items() if model.compute_capability == gpu.compute_capability]
-    large = [
-        key for key in alike if gpu.usable_bytes is not None and gpu.usable_bytes <= MODELS[key].memory_gib * 2**30
-    ]
-    if not large or gpu.usable_bytes is None:
+    plan = f" `octavo plan {quoted(['--gpu', asked])}` has its memory and times."
+    capability, usable = GPUS[asked].compute_capability, GPUS[asked].usable_bytes
+    alike = [key for key, model in MODELS.items() if model.compute_capability == capability]
+    large = [key for key in alike if usable is not None and usable <= MODELS[key].memory_gib * 2**30]
+    if not large or usable is None:
         return choices + plan
-    limit = f"{gpu.usable_bytes / 2**30:.1f}GiB"
+    limit = f"{usable / 2**30:.1f}GiB"
     like = min(large, key=lambda key: MODELS[key].memory_gib)
     return f"{choices} The types and kernels of the {asked} are those of --pretend {like} --gpu-memory {limit}.{plan}"
 
