@@ -55,7 +55,7 @@ def test_a_run_on_a_cpu_reports_no_kernels(tmp_path: Path) -> None:
 
 
 GIB = 2**30
-EXACT = "exact (8 bits need an NVIDIA GPU of compute capability 7.5)"
+EXACT = "exact (8 bits need an NVIDIA GPU of compute capability 7.5 with tensor cores)"
 GRAPHS, EAGER = "CUDA graphs", "eager (CUDA graphs are tested on NVIDIA GPUs only)"
 NO_DOTS = "Triton (prompts by cuBLAS, without CUDA graphs: Triton's matmuls need compute capability 8.0)"
 OLD_ATTENTION = "memory-efficient (FlashAttention and cuDNN need compute capability 8.0)"

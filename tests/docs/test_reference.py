@@ -46,7 +46,7 @@ def test_options_in_running_text_exist(script: ModuleType) -> None:
     from octavo.cli import app
 
     known = {"--help", "--version", "--no-deps", "--index-url", "--user", "--gpus", "--families", "--only", "--site"}
-    known |= {"--suite", "--server", "--ulimit"}  # of the benchmarks and of docker
+    known |= {"--suite", "--server", "--ulimit", "--query-gpu", "--format"}  # of the benchmarks, docker, nvidia-smi
     for _, command in script.commands(typer.main.get_command(app)):
         for option in command.params:
             known |= {*option.opts, *option.secondary_opts}

@@ -19,10 +19,12 @@ from octavo.hardware import (
     gpu_named,
     memory,
     memory_limit_bytes,
+    peak,
     restore_,
 )
 from octavo.hardware.pretend import MODELS, SHARED_KIB, capabilities_like, notice, pretend_
 from octavo.ops.attention import implementations
+from octavo.system import quoted
 
 GIB, GPU = 2**30, torch.device("cuda", 0)
 On = Callable[[capabilities.Capabilities], Hardware]
@@ -158,7 +160,7 @@ def test_a_gpu_without_the_instructions_of_another_cannot_run_in_place_of_it(
 
 
 def test_an_unknown_name_is_an_error_that_lists_the_others() -> None:
-    for name in ("T5", "A100", "3090", ""):
+    for name in ("T5", "A100", "3090", "RTX 4090 Laptop", ""):
         with pytest.raises(UsageError, match=f"'{name}'") as caught:
             pretend_(name, devices.hardware(devices.H200))
         assert "T4, P100, 1080Ti" in str(caught.value.hint)
@@ -170,6 +172,43 @@ def test_an_unknown_name_is_an_error_that_lists_the_others() -> None:
 def test_a_gpu_is_named_as_for_a_plan() -> None:
     for name, key in (("t4", "T4"), ("Tesla T4", "T4"), ("GTX 1080 Ti", "1080Ti"), ("rtx a6000", "A6000")):
         assert capabilities_like(name) == capabilities_like(key)
+
+
+@pytest.mark.parametrize(("name", "gib"), [("RTX 3060 8GB", 7.2), ("3060 8 GB", 7.2), ("RTX 3060 12GB", 11.2)])
+def test_a_gpu_that_is_sold_with_two_sizes_has_the_memory_of_its_name(name: str, gib: float, on: On) -> None:
+    made = pretend_(name, on(devices.H200))
+    assert made.capabilities.memory_bytes == int(gib * GIB)
+    assert memory_limit_bytes(GPU) == int(gib * GIB)
+    assert peak(made.name) is GPUS[str(gpu_named(name))]  # so the plan of a run has its bandwidth
+    assert replace(made.capabilities, memory_bytes=0, name="") == replace(
+        capabilities_like("3060"), memory_bytes=0, name=""
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("RTX 3070", "of the RTX 3070 are those of --pretend 3060 --gpu-memory 7.2GiB"),
+        ("GTX 1080", "of the GTX 1080 are those of --pretend 1080Ti --gpu-memory 7.2GiB"),
+        ("L40S", f"octavo plan {quoted(['--gpu', 'L40S'])}"),
+        ("V100 32GB", f"octavo plan {quoted(['--gpu', 'V100 32GB'])}"),
+        ("RTX 3070", f"octavo plan {quoted(['--gpu', 'RTX 3070'])}"),
+    ],
+)
+def test_for_another_gpu_the_hint_has_one_of_its_generation_with_its_memory(name: str, hint: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        capabilities_like(name)
+    assert hint in str(caught.value.hint)
+    assert ("--gpu-memory" in str(caught.value.hint)) == (name not in ("L40S", "V100 32GB"))
+
+
+@pytest.mark.parametrize("device", [devices.CPU, devices.GTX_1080_TI])
+def test_names_with_blanks_are_quoted_in_commands(device: capabilities.Capabilities, on: On) -> None:
+    """By a person they are pasted into a shell."""
+    with pytest.raises(UsageError) as caught:
+        pretend_("RTX A6000", on(device))
+    assert f"--pretend {quoted(['RTX A6000'])} needs" in caught.value.message
+    assert f"`octavo plan --gpu {quoted(['RTX A6000'])}`" in str(caught.value.hint)
 
 
 @pytest.mark.parametrize(("device", "head_size", "expected"), [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from typing import Any
@@ -370,6 +371,29 @@ def test_the_shortest_time_is_not_shorter_than_at_the_peak_of_the_gpu(key: str) 
     for work, peak in zip(works, (half, half, gpu.int8_ops_per_second), strict=True):
         low, high = work.seconds_range(gpu)
         assert 3e12 / peak <= low < high
+
+
+@pytest.mark.parametrize("key", ["T4", "H100"])
+def test_a_narrow_model_takes_the_time_in_which_its_kernels_start(key: str) -> None:
+    work, waiting = Forecast(0, 1e9, 0, 1e6), Forecast(0, 1e9, 0, 1e6, launches=5000)
+    low, high = waiting.seconds_range(GPUS[key])
+    assert low == waiting.seconds(GPUS[key]) == pytest.approx(5000 * 1e-6)
+    assert 5000 * 12e-6 < high < 5000 * 12e-6 + work.seconds_range(GPUS[key])[1]
+    wide = replace(Forecast(0, 1e14, 0, 1e12), launches=5000)  # whose kernels are long: the start is within the error
+    assert wide.seconds_range(GPUS[key]) == replace(wide, launches=0).seconds_range(GPUS[key])
+    assert wide.seconds(GPUS[key]) == replace(wide, launches=0).seconds(GPUS[key])
+
+
+def test_operations_that_start_a_kernel_are_counted() -> None:
+    x = torch.empty(256, 256, device=META)
+    steps: dict[int, list[Callable[[], Any]]] = {
+        0: [lambda: x.view(-1), lambda: x.T, lambda: torch.empty_like(x)],
+        1: [lambda: x + 1, lambda: x @ x, lambda: x.zero_(), lambda: matmul_8bit_into(x, x[0], x, x)],
+        2: [lambda: (x @ x).exp(), lambda: F.linear(x, x).add_(1)],
+    }
+    for count, made in steps.items():
+        assert [simulate(step).launches for step in made] == [count] * len(made)
+    assert simulate(llama()).launches > 3 * 40  # three layers
 
 
 def test_copies_that_take_longer_than_computing_are_the_time_at_both_ends() -> None:

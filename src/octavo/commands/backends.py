@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from octavo.config import MemoryOptions, size_in_bytes
 from octavo.errors import UsageError
-from octavo.hardware import GPUS, Hardware, Peak, limit_memory_, peak
+from octavo.hardware import Hardware, Peak, limit_memory_, peak
 from octavo.hardware.capabilities import NVIDIA
 from octavo.reporting import Report
 from octavo.runtime.dispatch import (
@@ -14,7 +14,7 @@ from octavo.runtime.dispatch import (
     set_backends,
 )
 
-_NEEDED = "an NVIDIA GPU of compute capability 7.5"
+_NEEDED = "an NVIDIA GPU of compute capability 7.5 with tensor cores"
 _NEED_AMPERE = "FlashAttention and cuDNN need compute capability 8.0"
 
 
@@ -24,6 +24,8 @@ def configure_backends(options: MemoryOptions, hardware: Hardware, report: Repor
     UsageError for an attention backend that the GPU has no kernels of.
     """
     check_gpu(options, hardware)
+    if options.attention == "math" and hardware.capabilities.is_gpu:
+        report.warn(MATH_MEMORY)
     attention = _attention(options, hardware)
     set_backends(Backends(options.kernels, options.attention))
     if not hardware.capabilities.is_gpu:
@@ -39,11 +41,17 @@ def configure_backends(options: MemoryOptions, hardware: Hardware, report: Repor
         limit_memory_(hardware.device, limit)
 
 
+MATH_MEMORY = (
+    "--attention math stores the scores of all pairs of tokens for each head, and the memory plan does not count them: "
+    "long rows take more than it says. --attention efficient stores none."
+)
+
+
 def check_gpu(options: MemoryOptions, hardware: Hardware, gpu: Peak | None = None, *, dtype: str = "auto") -> None:
     """UsageError for an attention backend or a --dtype that the GPU to plan for does not have."""
     if is_ampere(hardware, gpu):
         return
-    name = hardware.name if gpu is None or _is_here(hardware, gpu) else _name_of(gpu)
+    name = hardware.name if gpu is None or _is_here(hardware, gpu) else f"The {gpu.name}"
     if options.attention in ("flash", "cudnn"):
         raise UsageError(
             f"{name} does not run --attention {options.attention}: {_NEED_AMPERE}.", hint="Use --attention auto."
@@ -92,10 +100,8 @@ def wants_8bit(options: MemoryOptions, hardware: Hardware, gpu: Peak | None = No
     supported = device.matmul_8bit if is_here else gpu is not None and gpu.matmul_8bit
     if options.matmul == "8bit":
         if not supported and (is_here or gpu is not None):
-            raise UsageError(
-                f"{_name_of(gpu) if gpu and not is_here else hardware.name} has no 8-bit matmuls: they need {_NEEDED}.",
-                hint="Use --matmul exact.",
-            )
+            name = f"The {gpu.name}" if gpu and not is_here else hardware.name
+            raise UsageError(f"{name} has no 8-bit matmuls: they need {_NEEDED}.", hint="Use --matmul exact.")
         return True
     return supported and options.kernels and not (is_here and kernels_disabled_reason(device))
 
@@ -117,7 +123,3 @@ def is_ampere(hardware: Hardware, gpu: Peak | None = None) -> bool:
 def _is_here(hardware: Hardware, gpu: Peak | None) -> bool:
     """Whether the GPU to plan for is that of this machine."""
     return hardware.capabilities.is_gpu and (gpu is None or gpu == peak(hardware.name))
-
-
-def _name_of(gpu: Peak) -> str:
-    return "The " + next(name for name, row in GPUS.items() if row == gpu)

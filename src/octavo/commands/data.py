@@ -27,6 +27,7 @@ from octavo.errors import UsageError
 from octavo.failures import cut
 from octavo.reporting import Report
 from octavo.store.hub_datasets import local_files
+from octavo.system import quoted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -73,7 +74,7 @@ def check_device(options: ModelOptions, report: Report) -> None:
     """UsageError for --pretend, since `octavo data` needs no GPU. Reports a --device that is not used."""
     if options.pretend is not None:
         raise UsageError(
-            f"octavo data runs on the CPU: --pretend {cut(options.pretend)} has no effect.",
+            f"octavo data runs on the CPU: --pretend {quoted([cut(options.pretend)])} has no effect.",
             hint="Leave the option out.",
         )
     if options.device not in ("auto", "cpu"):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, replace
+from time import monotonic
 from typing import Any
 
 import torch
 
-from octavo.commands.backends import check_gpu
+from octavo.commands.backends import MATH_MEMORY, check_gpu
 from octavo.commands.loading import chosen_hardware, chosen_scheme, open_model, with_fitting_rows
 from octavo.commands.run_plan import (
     GIB,
@@ -49,20 +51,25 @@ from octavo.layers.context import Save
 from octavo.models.flops import model_flops
 from octavo.ops.quantize import SCHEMES
 from octavo.ops.scheme import Scheme
-from octavo.reporting import Report
+from octavo.reporting import Report, duration
 from octavo.store.contents import stored_scheme
 from octavo.store.sources import Source
 from octavo.system import quoted
 from octavo.train.memory import MARGIN
+
+EXAMPLE_MEMORY = "5GiB"
+PROGRESS_SECONDS = 5  # between two lines: a plan of a large model with little memory takes up to a minute
 
 
 def plan(config: Config, report: Report) -> dict[str, Any]:
     """`octavo plan`: the memory and time of a run, without reading weights."""
     model_options, options = config[ModelOptions], config[MemoryOptions]
     hardware = chosen_hardware(model_options, report)
-    name = _gpu_name(config[PlanOptions].gpu) or hardware.name
+    name = _gpu_name(config) or hardware.name
     gpu = peak(name)
     check_gpu(options, hardware, gpu, dtype=model_options.dtype)
+    if options.attention == "math":
+        report.warn(MATH_MEMORY)
     source = open_model(model_options, report, weights=False)
     config = with_fitting_rows(config, source, report)
     budget = _budget_bytes(options, hardware, name, report)
@@ -72,7 +79,8 @@ def plan(config: Config, report: Report) -> dict[str, Any]:
     chosen = chosen_scheme(model_options, source).name
     selectable = model_options.scheme == "auto" and stored_scheme(source).name == "none"
     names = [chosen, *(name for name in ("int8", "nf4") if selectable and name != chosen)]
-    rows = [_row(config, source, SCHEMES[name], hardware, gpu, budget) for name in names]
+    simulated = _progress(report)
+    rows = [_row(config, source, SCHEMES[name], hardware, gpu, budget, simulated) for name in names]
     titles = [
         "scheme",
         "fits",
@@ -92,49 +100,84 @@ def plan(config: Config, report: Report) -> dict[str, Any]:
         f"fits{_margin(options)}. full layers: the layers that keep all activations for backward; the others "
         "recompute them. The plan is of rows with one document each: rows of several short documents take more."
     )
-    time_basis = _time_basis(gpu, name, options)
+    time_basis = _time_basis(gpu, name, options, hardware.dtype)
     report.explain(time_basis)
     flops = rows[0]["flops_per_token"]
     total = sum(flops.values())
     shares = ", ".join(f"{name} {100 * value / total:.0f} %" for name, value in flops.items())
-    report.explain(f"Each token of training is {total / 1e9:.1f} GFLOP ({shares}), without what is recomputed.")
+    report.explain(f"Each token of training is {_flop_text(total)} ({shares}), without what is recomputed.")
     first = next((row for row in rows if row["fits"]), None)
     if first is None:
-        raise too_small(config, source, SCHEMES[chosen], hardware, gpu, rows[0]["least_bytes"], budget)
+        raise too_small(
+            config, source, SCHEMES[chosen], hardware, gpu, rows[0]["least_bytes"], budget, simulated=simulated
+        )
     report.result(f"octavo finetune {quoted(_arguments(config, first['scheme']))} --data YOUR_TEXTS")
     return {"budget_bytes": budget, "gpu": name if gpu else None, "time_basis": time_basis, "plans": rows}
 
 
-def _time_basis(gpu: Peak | None, name: str, options: MemoryOptions) -> str:
+def _progress(report: Report) -> Callable[[], None]:
+    """To be called after each simulated step: says at an interval how many there were."""
+    count, started, said = 0, monotonic(), monotonic()
+
+    def simulated() -> None:
+        nonlocal count, said
+        count += 1
+        if monotonic() - said >= PROGRESS_SECONDS:
+            said = monotonic()
+            report.say(f"Planning: {count} steps simulated in {duration(said - started)}.")
+
+    return simulated
+
+
+def _time_basis(gpu: Peak | None, name: str, options: MemoryOptions, dtype: torch.dtype) -> str:
     """What the times rest on, for people."""
+    if dtype == torch.float32:
+        return "No time is computed for --dtype float32: the rates of GPUs that octavo has are those of 16-bit matmuls."
     if gpu is None:
-        return "No time is computed, since no GPU is named: --gpu T4, --gpu 'RTX 3060' or another."
+        return f"No time is computed, since no GPU is named: --gpu T4, --gpu {quoted(['RTX 3060'])} or another."
     without = [flag for flag, used in (("--no-kernels", options.kernels), ("--no-fused", options.fused)) if not used]
     without += [] if options.cuda_graphs else ["--no-cuda-graphs"]
     slower = f" With {' and '.join(without)} steps are slower than that." if without else ""
     return basis(gpu, name) + slower
 
 
-def _gpu_name(asked: str | None) -> str | None:
+def _flop_text(count: float) -> str:
+    """A number of FLOP in GFLOP, MFLOP or kFLOP."""
+    for unit, size in (("GFLOP", 1e9), ("MFLOP", 1e6)):
+        if count >= 0.1 * size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count / 1e3:.1f} kFLOP"
+
+
+def _gpu_name(config: Config) -> str | None:
     """The key of the GPU that --gpu names, None without the option. UsageError for an unknown or ambiguous name."""
+    asked = config[PlanOptions].gpu
     if asked is None:
         return None
     key = gpu_named(asked)
     if key is None:
-        raise _unknown_gpu(asked)
+        raise _unknown_gpu(asked, config)
     return key
 
 
-def _unknown_gpu(name: str) -> UsageError:
+def _unknown_gpu(name: str, config: Config) -> UsageError:
     if len(several := gpus_with(name)) > 1:
-        return UsageError(f"--gpu {cut(name)!r} can be several GPUs.", hint=f"Use one of {', '.join(several)}.")
+        return UsageError(f"--gpu {cut(name)!r} can be several GPUs.", hint=f"Use one of {_names(several)}.")
     near = nearest(name)
-    names = f"Similar names: {', '.join(near)}." if near else f"Supported are {', '.join(GPUS)}."
+    similar = f"Similar names: {_names(near)}. " if near else ""
+    given = [argument for kind in _RUN for argument in arguments_of(config[kind], leave_out={"gpu_memory"})]
+    size = config[MemoryOptions].gpu_memory
+    place = "" if size != "auto" else f" (the memory that the GPU has for a run, in place of {EXAMPLE_MEMORY})"
+    command = quoted(["octavo", "plan", *given, "--gpu-memory", EXAMPLE_MEMORY if size == "auto" else size])
     return UsageError(
         f"octavo has no data of the GPU {cut(name)!r}.",
-        hint=f"{names} For a GPU with another memory size, give that too: "
-        f"--gpu {quoted([near[0] if near else 'NAME'])} --gpu-memory 11GiB.",
+        hint=f"{similar}Its memory alone can be planned, without times: {command}{place}",
     )
+
+
+def _names(keys: list[str]) -> str:
+    """Names of GPUs as they are typed in a shell."""
+    return ", ".join(quoted([key]) for key in keys)
 
 
 def _budget_bytes(options: MemoryOptions, hardware: Hardware, name: str, report: Report) -> int:
@@ -148,21 +191,26 @@ def _budget_bytes(options: MemoryOptions, hardware: Hardware, name: str, report:
     if is_present:
         return budget_bytes(options, hardware)
     if requested is not None:
-        if gpu is not None and gpu.memory_gib is not None and requested > gpu.memory_gib * GIB:
-            report.warn(f"--gpu-memory {options.gpu_memory} is more than the {gpu.memory_gib} GiB of the {name}.")
+        sizes = [GPUS[each].memory_gib or 0 for each in (name, *other_sizes(name)) if each in GPUS]
+        if gpu is not None and requested > (most := gpu.memory_gib or max(sizes)) * GIB:
+            raise UsageError(
+                f"--gpu-memory {options.gpu_memory} is more than the {most} GiB of the {gpu.name}.",
+                hint=f"Give --gpu-memory {most}GiB or less. For a GPU with more memory, leave --gpu out: "
+                "then no time is computed.",
+            )
         return requested
     if gpu is None:
         raise UsageError(
             f"There is no GPU to plan for. {hardware.reason}",
-            hint="Name one: --gpu 'RTX 3060'. Or give its memory: --gpu-memory 11GiB.",
+            hint=f"Name one: --gpu {quoted(['RTX 3060'])}. Or give its memory: --gpu-memory 11GiB.",
         )
     others = other_sizes(name)
     if gpu.usable_bytes is None:
         raise UsageError(
             f"The memory of the {name} is not known: it is sold with several sizes.",
-            hint=f"Use --gpu with one of {', '.join(others)}, or give its memory: --gpu-memory 11GiB.",
+            hint=f"Use --gpu with one of {_names(others)}, or give its memory: --gpu-memory 11GiB.",
         )
-    also = f" It is sold with another size too: --gpu '{others[0]}'." if others else ""
+    also = f" It is sold with another size too: --gpu {quoted(others[:1])}." if others else ""
     usable = f"{100 * USABLE:.0f} % of it, {gpu.usable_bytes / GIB:.1f} GiB"
     report.say(
         f"The {name} has {gpu.memory_gib} GiB; the plan counts on {usable}, since the driver and libraries take some. "
@@ -191,11 +239,12 @@ def _arguments(config: Config, scheme: str) -> list[str]:
     always = {"seq_len": config[TextOptions].seq_len, "batch_size": config[TrainOptions].batch_size}
     arguments = ["--model", config[ModelOptions].model, "--scheme", scheme]
     arguments += [text for name, value in always.items() for text in (flag_of(name), str(value))]
-    for kind in (ModelOptions, TextOptions, LoraOptions, TrainOptions, MemoryOptions):
+    for kind in _RUN:
         arguments += arguments_of(config[kind], leave_out={"model", "scheme", *always})
     return arguments
 
 
+_RUN = (ModelOptions, TextOptions, LoraOptions, TrainOptions, MemoryOptions)  # the options of the planned run
 _COLUMNS = (
     "scheme",
     "fits",
@@ -210,11 +259,17 @@ _COLUMNS = (
 
 
 def _row(
-    config: Config, source: Source, scheme: Scheme, hardware: Hardware, gpu: Peak | None, budget: int
+    config: Config,
+    source: Source,
+    scheme: Scheme,
+    hardware: Hardware,
+    gpu: Peak | None,
+    budget: int,
+    simulated: Callable[[], None],
 ) -> dict[str, Any]:
     """The best plan of a scheme, as in `--json`."""
     training = config[TrainOptions]
-    planner = planner_for(config, source, scheme, hardware, gpu)
+    planner = planner_for(config, source, scheme, hardware, gpu, simulated=simulated)
     level = config[MemoryOptions].recompute
     if level == "auto":
         best = planner.best(budget)

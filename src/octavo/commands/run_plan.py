@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -111,11 +112,12 @@ def planner_for(
     *,
     rows: int | None = None,
     documents: int = 1,
+    simulated: Callable[[], None] | None = None,
 ) -> Planner:
     """The planner of a run. UsageError for unknown LoRA targets and for rows longer than the model's context.
 
     `rows` is the number of rows of the data, if it is known: no step has more. `documents` are the most of a row, its
-    padding counted as one.
+    padding counted as one. `simulated` is called after each simulation.
     """
     training, length = config[TrainOptions], config[TextOptions].seq_len
     batch_size = training.batch_size if rows is None else min(training.batch_size, rows)
@@ -131,7 +133,7 @@ def planner_for(
         length,
         batch_size,
         optimizer_bytes=8 if training.optimizer == "adamw" else 2,
-        gpu=gpu,
+        gpu=None if hardware.dtype == torch.float32 else gpu,  # its rates are those of 16-bit matmuls
         offloads={"off": (False,), "on": (True,), "auto": (False, True)}[options.offload],
         host_bytes=free_memory_bytes("cpu") / 2,
         micro_batch_size=min(micro, batch_size) if (micro := training.micro_batch_size) else None,
@@ -139,6 +141,7 @@ def planner_for(
         fused=options.fused,
         documents=documents,
         ampere=is_ampere(hardware, gpu),
+        simulated=simulated,
     )
 
 
@@ -220,6 +223,7 @@ def too_small(
     budget: int,
     *,
     documents: int = 1,
+    simulated: Callable[[], None] | None = None,
 ) -> UsageError:
     """The error for a run that does not fit. Its hint has the longest rows that fit for each scheme.
 
@@ -237,7 +241,9 @@ def too_small(
     for name in names:
         for length in lengths:
             shorter = config.replace(seq_len=length)
-            planner = planner_for(shorter, source, SCHEMES[name], hardware, gpu, documents=documents)
+            planner = planner_for(
+                shorter, source, SCHEMES[name], hardware, gpu, documents=documents, simulated=simulated
+            )
             smallest, least = planner.smallest().peak_bytes, least_bytes(planner)
             if least <= budget:
                 hints.append(f"--scheme {name} --seq-len {length}{auto} takes {smallest / GIB:.1f} GiB")

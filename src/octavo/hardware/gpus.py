@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass
-from difflib import get_close_matches
+from dataclasses import dataclass, replace
 
 from octavo.hardware.capabilities import AMPERE, TURING
 
@@ -40,11 +38,13 @@ class Peak:
     compute_capability: tuple[int, int]
     memory_gib: int | None = None
     measured: Measured = Measured()
+    tensor_cores: bool = True  # for int8; the GTX 16 has the compute capability of GPUs with them, and none
+    name: str = ""  # the key of GPUS
 
     @property
     def matmul_8bit(self) -> bool:
         """Whether 8-bit matmuls run on its tensor cores, at least in forward."""
-        return self.compute_capability >= TURING
+        return self.compute_capability >= TURING and self.tensor_cores
 
     @property
     def backward_8bit(self) -> bool:
@@ -75,10 +75,11 @@ def _peak(
     *,
     lanes: int = 16,
     measured: Measured | None = None,
+    tensor_cores: bool = True,
 ) -> Peak:
     bus = PCIE[pcie] * lanes / 16
     rates = (half_tflops * 1e12, int8_tops * 1e12, gigabytes * 1e9, bus * 1e9)
-    return Peak(*rates, compute_capability, memory_gib, measured or Measured())
+    return Peak(*rates, compute_capability, memory_gib, measured or Measured(), tensor_cores)
 
 
 def _measured(
@@ -91,25 +92,54 @@ def _measured(
 # Vendors' data sheets: dense float16/bfloat16 matmuls with float32 accumulation in TFLOP/s, dense int8 matmuls in
 # TOP/s, memory bandwidth in GB/s, compute capability, generation of PCIe, memory in GiB. GeForce GPUs have half rate
 # with float32 accumulation, so their int8 rate is four times the first value; elsewhere it is twice. GPUs without
-# tensor cores (P100, GTX 1080 Ti) accumulate in float32 at their float32 rate; the P100 has no int8 instructions, so
-# int8 has that rate too. `measured`: docs/design/gpu-times.md.
+# tensor cores (Pascal and GTX 16) accumulate in float32 at their float32 rate; the P100 has no int8 instructions, so
+# int8 has that rate too. The int8 rate of those with such instructions (DP4A), which a V100 and a Titan V have in
+# addition to 16-bit tensor cores, is four times the float32 rate. `measured`: docs/design/gpu-times.md.
 # Data sheets write GB for memory and mean GiB, before the part for ECC; of the H200's 141 GB about 139 GiB are usable.
 # A T4's driver reports 15 of its 16 GiB, and PyTorch 14.56.
 # A key matches a driver's GPU name that has all words of the key, and no other memory size than its row; the longest
 # matching key is used. Keys with a size, as "RTX 3060 8GB", are for `--gpu`: drivers' names of GeForce GPUs have none.
-GPUS: dict[str, Peak] = {
+_ROWS: dict[str, Peak] = {
+    "B200": _peak(2250, 4500, 8000, (10, 0), 5, 179),
     "H200": _peak(989, 1979, 4800, (9, 0), 5, 139, measured=_measured(steps=True)),
     "H100": _peak(989, 1979, 3350, (9, 0), 5, 80, measured=_measured((794.5, 821.2), 0.80, steps=True)),
     "H100 PCIe": _peak(756, 1513, 2000, (9, 0), 5, 80, measured=_measured((499.5, 499.5), 0.85)),
     "A100 40GB": _peak(312, 624, 1555, (8, 0), 4, 40, measured=_measured((230, 271.2), 0.84)),
     "A100 80GB": _peak(312, 624, 2039, (8, 0), 4, 80, measured=_measured((230, 271.2), 0.77)),
     "A100 80GB PCIe": _peak(312, 624, 1935, (8, 0), 4, 80, measured=_measured((252.9, 256.4), 0.76)),
+    "A30": _peak(165, 330, 933, (8, 0), 4, 24),
+    "L40S": _peak(362, 733, 864, (8, 9), 4, 48),
+    "L40": _peak(181, 362, 864, (8, 9), 4, 48),
     "L4": _peak(121, 242, 300, (8, 9), 4, 24, measured=_measured((91.4, 91.4), 0.76)),
+    "A40": _peak(149.7, 299.3, 696, (8, 6), 4, 48),
+    "A10": _peak(125, 250, 600, (8, 6), 4, 24),
+    "A10G": _peak(70, 140, 600, (8, 6), 4, 24),
+    "A2": _peak(18, 36, 200, (8, 6), 4, 16, lanes=8),
     "T4": _peak(65, 130, 320, (7, 5), 3, 15, measured=_measured((24, 39), 0.65)),
     "P100": _peak(9.3, 9.3, 732, (6, 0), 3, 16, measured=_measured((8.5, 9.1), 0.69)),
     "P100 SXM2": _peak(10.6, 10.6, 732, (6, 0), 3, 16),
+    "V100 16GB": _peak(125, 62.8, 900, (7, 0), 3, 16),
+    "V100 16GB PCIe": _peak(112, 56, 900, (7, 0), 3, 16),
+    "V100 32GB": _peak(125, 62.8, 900, (7, 0), 3, 32),
+    "V100 32GB PCIe": _peak(112, 56, 900, (7, 0), 3, 32),
+    "V100S": _peak(130, 65.6, 1134, (7, 0), 3, 32),
+    "P40": _peak(11.8, 47, 346, (6, 1), 3, 24),
+    "P4": _peak(5.5, 22, 192, (6, 1), 3, 8),
+    "Quadro P6000": _peak(12.6, 50.5, 432, (6, 1), 3, 24),
+    "Quadro P5000": _peak(8.9, 35.5, 288, (6, 1), 3, 16),
+    "RTX 6000 Ada": _peak(364.2, 728.5, 960, (8, 9), 4, 48),
+    "RTX 5000 Ada": _peak(261.1, 522.2, 576, (8, 9), 4, 32),
     "RTX A6000": _peak(154.8, 309.7, 768, (8, 6), 4, 48, measured=_measured((95, 131.2), 0.88)),
+    "RTX A5500": _peak(136.4, 272.8, 768, (8, 6), 4, 24),
+    "RTX A5000": _peak(111.1, 222.2, 768, (8, 6), 4, 24),
+    "RTX A4500": _peak(94.6, 189.2, 640, (8, 6), 4, 20),
+    "RTX A4000": _peak(76.7, 153.4, 448, (8, 6), 4, 16),
+    "RTX A2000": _peak(31.9, 63.9, 288, (8, 6), 4, 6),
+    "RTX A2000 12GB": _peak(31.9, 63.9, 288, (8, 6), 4, 12),
+    "Quadro RTX 8000": _peak(130.5, 261, 672, (7, 5), 3, 48),
+    "Quadro RTX 6000": _peak(130.5, 261, 672, (7, 5), 3, 24),
     "Quadro RTX 5000": _peak(89.2, 178.4, 448, (7, 5), 3, 16, measured=_measured(memory=0.80)),
+    "Quadro RTX 4000": _peak(57, 114, 416, (7, 5), 3, 8),
     "RTX 5090": _peak(209.5, 838, 1792, (12, 0), 5, 32, measured=_measured((254, 254), 0.81)),
     "RTX 5080": _peak(112.6, 450.2, 960, (12, 0), 5, 16),
     "RTX 5070 Ti": _peak(87.9, 351.5, 896, (12, 0), 5, 16),
@@ -118,6 +148,7 @@ GPUS: dict[str, Peak] = {
     "RTX 5060 Ti 16GB": _peak(47.4, 189.6, 448, (12, 0), 5, 16, lanes=8),
     "RTX 5060 Ti 8GB": _peak(47.4, 189.6, 448, (12, 0), 5, 8, lanes=8),
     "RTX 5060": _peak(38.4, 153.4, 448, (12, 0), 5, 8, lanes=8),
+    "RTX 5050": _peak(26.3, 105.3, 320, (12, 0), 5, 8, lanes=8),
     "RTX 4090": _peak(165, 661, 1008, (8, 9), 4, 24, measured=_measured((172, 179), 0.85)),
     "RTX 4080 Super": _peak(104.4, 417.8, 736, (8, 9), 4, 16),
     "RTX 4080": _peak(97.5, 389.9, 717, (8, 9), 4, 16),
@@ -139,6 +170,9 @@ GPUS: dict[str, Peak] = {
     "RTX 3060 Ti": _peak(32.4, 129.6, 448, (8, 6), 4, 8, measured=_measured(memory=0.90)),
     "RTX 3060": _peak(25.5, 102, 360, (8, 6), 4, 12, measured=_measured(memory=0.90)),
     "RTX 3060 8GB": _peak(25.5, 102, 240, (8, 6), 4, 8),
+    "RTX 3050": _peak(18.2, 72.8, 224, (8, 6), 4, 8, lanes=8),
+    "RTX 3050 6GB": _peak(13.5, 54.2, 168, (8, 6), 4, 6, lanes=8),
+    "Titan RTX": _peak(130.5, 261, 672, (7, 5), 3, 24),
     "RTX 2080 Ti": _peak(53.8, 215, 616, (7, 5), 3, 11, measured=_measured((53.4, 53.4), 0.79)),
     "RTX 2080 Super": _peak(44.6, 178.4, 496, (7, 5), 3, 8),
     "RTX 2080": _peak(40.3, 161.1, 448, (7, 5), 3, 8, measured=_measured((36.2, 36.2), 0.79)),
@@ -147,106 +181,14 @@ GPUS: dict[str, Peak] = {
     "RTX 2060 Super": _peak(28.7, 114.9, 448, (7, 5), 3, 8),
     "RTX 2060": _peak(25.8, 103.2, 336, (7, 5), 3, 6),
     "RTX 2060 12GB": _peak(28.7, 114.9, 336, (7, 5), 3, 12),
+    "GTX 1660 Ti": _peak(5.4, 21.8, 288, (7, 5), 3, 6, tensor_cores=False),
+    "GTX 1660 Super": _peak(5, 20.1, 336, (7, 5), 3, 6, tensor_cores=False),
+    "GTX 1660": _peak(5, 20.1, 192, (7, 5), 3, 6, tensor_cores=False),
+    "Titan V": _peak(110, 59.6, 653, (7, 0), 3, 12),
+    "Titan Xp": _peak(12.1, 48.6, 548, (6, 1), 3, 12),
     "GTX 1080 Ti": _peak(11.3, 45.4, 484, (6, 1), 3, 11, measured=_measured((10.3, 10.8), 0.83)),
+    "GTX 1080": _peak(8.9, 35.5, 320, (6, 1), 3, 8),
+    "GTX 1070 Ti": _peak(8.2, 32.7, 256, (6, 1), 3, 8),
+    "GTX 1070": _peak(6.5, 25.9, 256, (6, 1), 3, 8),
 }
-
-# Words of a name that people leave out.
-_BRANDS = frozenset({"nvidia", "geforce", "tesla", "quadro", "rtx", "gtx"})
-# Words for a different GPU with the same number: an RTX 3080 Ti is not an RTX 3080.
-_VARIANTS = frozenset({
-    "ti", "super", "d", "laptop", "mobile", "max", "maxq", "nvl", "mig", "ada", "blackwell", "cnx",
-})  # fmt: skip
-# The profile of a virtual GPU, which has a part of the memory and throughput: the 4Q of "GRID T4-4Q", the 2B4 of
-# "GRID T4-2B4", the 10CME of "NVIDIA H100-1-10CME". Source: NVIDIA, Virtual GPU Software User Guide, "Virtual GPU
-# Types". Or a number of GPUs: the 2x of "2x RTX 4090".
-_NOT_ONE_GPU = re.compile(r"\d+[abcq]\d*|\d+cme|\d*x\d*")
-_NUMBER_BEFORE = re.compile(r"\W*\d{1,3}\b(?!\s*gi?b)")  # "2 RTX 4090", but "80 GB A100" is one GPU
-_SIZE = re.compile(r"(\d+)gb")
-_SIZE_TOLERANCE = 0.02  # names have the size of the data sheet: 141GB for an H200
-
-
-def peak(name: str) -> Peak | None:
-    """The row of GPUS for a GPU name of the driver ("NVIDIA A100-SXM4-80GB"); None for an unknown GPU."""
-    key = _key(name)
-    return None if key is None else GPUS[key]
-
-
-def gpu_named(name: str) -> str | None:
-    """The key of GPUS that a person means: its name from the driver, or the key in any case, with or without blanks and
-    brand. 4090, RTX4090 and "rtx 4090" are the RTX 4090; 1080Ti is the GTX 1080 Ti.
-
-    None for an unknown name and for one of several GPUs: A100. RTX5000 is the Quadro RTX 5000 of 2018: the RTX 5000 Ada
-    is another GPU.
-    """
-    if (key := _key(name)) is not None:
-        return key
-    if not _is_one_gpu(name):
-        return None
-    words = _words(name)
-    brands = words & _BRANDS
-    for key in sorted(GPUS, key=lambda key: -len(_words(key))):  # the longest first, as for a driver's name
-        of_key = _words(key)
-        surplus = {word for word in words - of_key - _BRANDS if not _SIZE.fullmatch(word)}
-        of_another = brands - of_key - {"nvidia", "geforce", "tesla"}
-        if not surplus and not of_another and _matches(key, words | (of_key & _BRANDS)):
-            return key
-    return None
-
-
-def gpus_with(name: str) -> list[str]:
-    """The keys of GPUS that have all words of `name` but its brand: three for A100."""
-    words = _words(name) - _BRANDS
-    return [key for key in GPUS if words and words <= _words(key)]
-
-
-def other_sizes(name: str) -> list[str]:
-    """The keys of GPUs that have the name of `name` and another memory."""
-    key = _key(name)
-    if key is None:
-        return []
-    return [other for other in GPUS if re.fullmatch(rf"{key} \d+GB", other)]
-
-
-def nearest(name: str, most: int = 4) -> list[str]:
-    """The keys of GPUS that resemble an unknown name, the nearest first: RTX 3060 for 3060. Empty if none does."""
-    words = _words(name)
-    numbers = {word for word in words if re.search(r"\d", word) and not _SIZE.fullmatch(word)}
-    similar = [key for key in GPUS if numbers & _words(key)]
-    if similar:
-        return sorted(similar, key=lambda key: len(words ^ _words(key)))[:most]
-    keys = {key.lower(): key for key in GPUS}
-    return [keys[match] for match in get_close_matches(name.lower(), keys, n=most)]
-
-
-def _key(name: str) -> str | None:
-    words = _words(name)
-    if not _is_one_gpu(name):
-        return None
-    matches = [key for key in GPUS if _matches(key, words)]
-    return max(matches, key=lambda key: len(_words(key)), default=None)
-
-
-def _is_one_gpu(name: str) -> bool:
-    """Whether a name is not that of a part of a GPU or of several GPUs."""
-    is_one = _NUMBER_BEFORE.match(name.lower()) is None
-    return is_one and not any(_NOT_ONE_GPU.fullmatch(word) for word in _words(name))
-
-
-def _matches(key: str, words: frozenset[str]) -> bool:
-    """Whether a name of these words is of the GPU `key`: all words of the key, no variant, and no other memory size."""
-    of_key, memory = _words(key), GPUS[key].memory_gib
-    if not of_key <= words or (words - of_key).intersection(_VARIANTS):
-        return False
-    sizes = [float(match[1]) for word in words if (match := _SIZE.fullmatch(word))]
-    return all(memory is not None and abs(size - memory) <= _SIZE_TOLERANCE * memory for size in sizes)
-
-
-def _words(name: str) -> frozenset[str]:
-    """The words of a name in lower case: RTX4060Ti is RTX 4060 Ti, and 12 GB is 12GB."""
-    spaced = re.sub(
-        r"(?<=quadro)(?=rtx)|(?<=[rg]tx)(?=a?\d)|(?<=\d)(?=ti|super)|(?<=\bti)(?=super)|(?<=\dti)(?=super)",
-        " ",
-        name.lower().replace("\u00d7", "x"),
-    )
-    joined = re.sub(r"\b(\d{1,3})\s*gi?b\b", r"\1gb", spaced)
-    return frozenset(re.findall(r"[a-z0-9]+", joined))
+GPUS = {name: replace(row, name=name) for name, row in _ROWS.items()}

@@ -19,9 +19,11 @@ from octavo.hardware.capabilities import (
     replace_capabilities_,
     restore_capabilities_,
 )
-from octavo.hardware.gpus import gpu_named
+from octavo.hardware.gpu_names import gpu_named, other_sizes
+from octavo.hardware.gpus import GPUS
 from octavo.hardware.memory import PRETENDED, limit_memory_, remove_memory_limits_
 from octavo.hardware.selection import Hardware, hardware_for
+from octavo.system import quoted
 
 # KiB of shared memory that a program may use, by compute capability. Source: CUDA C++ Programming Guide, section
 # "Features and Technical Specifications".
@@ -58,17 +60,49 @@ MODELS = {
 
 
 def capabilities_like(name: str) -> Capabilities:
-    """The capabilities of a GPU of MODELS, named as for `octavo plan --gpu`. UsageError for another one."""
-    key = next((key for key in MODELS if gpu_named(key) == gpu_named(name)), None)
-    if key is None:
-        raise UsageError(f"--pretend does not have the GPU {cut(name)!r}.", hint=f"Choose {', '.join(MODELS)}.")
-    model = MODELS[key]
+    """The capabilities of a GPU of MODELS, named as for `octavo plan --gpu`. UsageError for another one.
+
+    A GPU that is also sold with another memory size has that size if the name does: 4 GiB less for "RTX 3060 8GB".
+    """
+    asked, model = gpu_named(name), _model(name)
+    if model is None:
+        raise UsageError(f"--pretend does not have the GPU {cut(name)!r}.", hint=_instead(asked))
+    usual, memory_gib, title = gpu_named(model.name), model.memory_gib, model.name
+    if asked is not None and usual is not None and asked != usual:
+        memory_gib += (GPUS[asked].memory_gib or 0) - (GPUS[usual].memory_gib or 0)
+        title += asked.removeprefix(usual)
     half = {"float16", "bfloat16"} if model.compute_capability >= AMPERE else {"float16"}
     return Capabilities(
-        NVIDIA, model.name, frozenset({"float32", *half}), compute_capability=model.compute_capability,
-        memory_bytes=int(model.memory_gib * 2**30), processors=model.processors,
+        NVIDIA, title, frozenset({"float32", *half}), compute_capability=model.compute_capability,
+        memory_bytes=int(memory_gib * 2**30), processors=model.processors,
         shared_memory_bytes=SHARED_KIB[model.compute_capability] * 2**10,
     )  # fmt: skip
+
+
+def _model(name: str) -> Model | None:
+    """The GPU of MODELS with this name, or with this name and another memory size."""
+    asked = gpu_named(name)
+    for model in MODELS.values():
+        usual = gpu_named(model.name)
+        if asked is not None and usual is not None and asked in (usual, *other_sizes(usual)):
+            return model
+    return None
+
+
+def _instead(asked: str | None) -> str:
+    """What to do in place of pretending the GPU `asked` of GPUS: a GPU of MODELS with its compute capability."""
+    choices = f"Choose {', '.join(MODELS)}."
+    if asked is None:
+        return choices
+    plan = f" `octavo plan {quoted(['--gpu', asked])}` has its memory and times."
+    capability, usable = GPUS[asked].compute_capability, GPUS[asked].usable_bytes
+    alike = [key for key, model in MODELS.items() if model.compute_capability == capability]
+    large = [key for key in alike if usable is not None and usable <= MODELS[key].memory_gib * 2**30]
+    if not large or usable is None:
+        return choices + plan
+    limit = f"{usable / 2**30:.1f}GiB"
+    like = min(large, key=lambda key: MODELS[key].memory_gib)
+    return f"{choices} The types and kernels of the {asked} are those of --pretend {like} --gpu-memory {limit}.{plan}"
 
 
 def pretend_(name: str, here: Hardware, dtype: str = "auto") -> Hardware:
@@ -80,8 +114,8 @@ def pretend_(name: str, here: Hardware, dtype: str = "auto") -> Hardware:
     wanted, real = capabilities_like(name), actual_capabilities(here.device)
     if real.compute_capability is None:
         raise UsageError(
-            f"--pretend {name} needs an NVIDIA GPU that runs in place of it; this is {real.name}.",
-            hint=f"`octavo plan --gpu {name}` needs no GPU.",
+            f"--pretend {quoted([name])} needs an NVIDIA GPU that runs in place of it; this is {real.name}.",
+            hint=f"`octavo plan {quoted(['--gpu', name])}` needs no GPU.",
         )
     if lacking := _lacking(wanted, real):
         raise UsageError(
@@ -91,8 +125,8 @@ def pretend_(name: str, here: Hardware, dtype: str = "auto") -> Hardware:
     if real.memory_bytes < wanted.memory_bytes:
         gib = [f"{each.memory_bytes / 2**30:.1f} GiB" for each in (wanted, real)]
         raise UsageError(
-            f"--pretend {name} needs {gib[0]} of GPU memory; {real.name} has {gib[1]}.",
-            hint=f"`octavo plan --gpu {name}` needs no GPU.",
+            f"--pretend {quoted([name])} needs {gib[0]} of GPU memory; {real.name} has {gib[1]}.",
+            hint=f"`octavo plan {quoted(['--gpu', name])}` needs no GPU.",
         )
     pretended = hardware_for(here.device, wanted, dtype)
     replace_capabilities_(here.device, wanted)
@@ -121,7 +155,7 @@ def restore_() -> None:
 def notice(name: str, here: Hardware, pretended: Hardware) -> str:
     """What `pretend_` has changed, for people."""
     return (
-        f"--pretend {name}: {here.name} runs with the types, kernels, attention and memory "
+        f"--pretend {quoted([name])}: {here.name} runs with the types, kernels, attention and memory "
         f"({pretended.capabilities.memory_bytes / 2**30:.1f} GiB) of the {pretended.name}. Speeds are those of "
-        f"{here.name}, but the time of the plan is that of the {pretended.name}."
+        f"{here.name}, but the time of the plan is that of the {pretended.name}. --gpu-memory sets less memory."
     )

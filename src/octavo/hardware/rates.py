@@ -51,6 +51,11 @@ PUBLISHED, SIMILAR = 1.25, 1.5  # the least spread of a rate from figures of the
 # for their start; kernels of a slower GPU are longer, so others have the range of models with layers 4,096 wide.
 STEPS_ERROR, WIDE_ERROR = (0.8, 1.5), (0.85, 1.2)
 
+# Seconds by which a kernel of a captured step is longer than its work takes: it starts, and its last blocks run alone.
+# Measured on an H200: steps of 13 models with layers narrower than 4,096 were 0.9 to 11.2 microseconds a kernel longer
+# than forecast (benchmarks/plan_families.csv; Gemma 2, whose attention is slow, is left out).
+LAUNCH_SECONDS = 1e-6, 12e-6
+
 
 @dataclass(frozen=True)
 class Rate:
@@ -112,12 +117,16 @@ def attention_share(gpu: Peak) -> tuple[float, float]:
 
 def basis(gpu: Peak, name: str) -> str:
     """What the times of a GPU rest on, for people."""
+    narrow = (
+        f"The range counts {1e6 * LAUNCH_SECONDS[0]:g} to {1e6 * LAUNCH_SECONDS[1]:g} microseconds for the start of "
+        "each kernel, which is much of the time of a narrow model."
+    )
     if gpu.measured.steps:
         low, high = STEPS_ERROR
         return (
             "The times are computed, not measured: the work of a step over the rates that octavo reached on an H100. "
             f"Of 87 settings that were measured on an H100 and an H200, 80 took {low:g} to {high:g} times the computed "
-            "time."
+            f"time. {narrow}"
         )
     figures = gpu.measured.half_flops_per_second is not None, gpu.measured.memory_share is not None
     kinds = [kind for kind, known in zip(("16-bit matmuls", "memory"), figures, strict=True) if known]
@@ -127,7 +136,7 @@ def basis(gpu: Peak, name: str) -> str:
     return (
         f"The times are computed, not measured: the work of a step over rates of the {name}. {known}; for "
         f"{eight * all(figures)}{rest} an estimate from other GPUs is used. octavo never ran on it. Steps "
-        "with nf4 weights, and with rows of less than 1,024 tokens, may take a third longer."
+        f"with nf4 weights, and with rows of less than 1,024 tokens, may take a third longer. {narrow}"
     )
 
 

@@ -69,9 +69,11 @@ section > h3 { margin: 1.4rem 0 .6rem; } section > .card + .card { margin-top: 1
 @page { margin: 1.5cm; }
 @media print { :root { --page: #fff; --card: #fff; --ink: #111; --dim: #555; --line: #ccc; --train: #1f6fa8;
   --held: #b8541a; --good: #2a7d4f; --bad: #b03052; }
-  body { max-width: none; padding: 0; font-size: 10pt; line-height: 1.4; } .legend i, .figure { print-color-adjust: exact; }
+  body { max-width: none; padding: 0; font-size: 10pt; line-height: 1.4; }
+  .legend i, .figure { print-color-adjust: exact; }
   .card { overflow: visible; padding: .5rem .7rem; } .tight { padding: .1rem .7rem; }
-  tr, p, .card:has(svg), .pair .card, .figure { break-inside: avoid; } h2 { break-after: avoid; margin: 1.3rem 0 .5rem; }
+  tr, p, .card:has(svg), .pair .card, .figure { break-inside: avoid; }
+  h2 { break-after: avoid; margin: 1.3rem 0 .5rem; }
   svg { min-width: 0 !important; max-height: 7cm; } table { font-size: 8pt; } th { white-space: normal; }
   th, td { overflow-wrap: anywhere; padding: .2rem .5rem .2rem 0; } pre { font-size: 7.5pt; line-height: 1.35; }
   .figures { grid-template-columns: repeat(4, 1fr); gap: .5rem; } .figure { padding: .4rem .6rem; }

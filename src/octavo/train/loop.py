@@ -217,9 +217,10 @@ def _seed(seed: int, step: int, index: int) -> int:
 
 
 def _not_finite(value: float, batch: Batch, number: int, scaler: LossScaler) -> TrainingError:
+    other = "--dtype float32, or bfloat16 where the GPU has it, instead of float16"
     advice = "a smaller --lr or a longer --warmup"
-    if scaler.active:
-        advice += ", or --dtype float32 or bfloat16 instead of float16"
+    if scaler.active:  # before the first update the learning rate has no part in it
+        advice = other if number == 1 else f"{advice}, or {other}"
     return TrainingError(
         f"The loss is {value} at step {number}, in the batch with {_named(batch.sources)}.",
         hint=f"Try {advice}.",

@@ -86,6 +86,7 @@ class Planner:
     tiled_head: bool = False
     documents: int = 1  # the most documents of a row, a row's padding included
     ampere: bool = True  # whether the GPU has compute capability 8.0: FlashAttention and all kernels (simulated_gpu)
+    simulated: Callable[[], None] | None = None  # called after each simulation, which may take a second
     _forecasts: dict[tuple[int, tuple[Save, ...], bool, int], Forecast] = field(init=False, default_factory=dict)
 
     @property
@@ -246,6 +247,8 @@ class Planner:
             options = ForwardOptions(save, offload, matmul8, fused=self.fused, tiled_head=self.tiled_head)
             with simulated_gpu(ampere=self.ampere):
                 self._forecasts[key] = simulate(self._step(rows, options))
+            if self.simulated is not None:
+                self.simulated()
         return self._forecasts[key]
 
     def _step(self, rows: int, options: ForwardOptions) -> Callable[[], None]:

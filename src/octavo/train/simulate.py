@@ -20,7 +20,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from octavo.hardware import Peak, Rates, rates_of
+from octavo.hardware import LAUNCH_SECONDS, Peak, Rates, rates_of
 from octavo.runtime.dispatch import OP_OBSERVERS
 from octavo.runtime.offload import pinned_bytes
 
@@ -30,7 +30,7 @@ PAGES = {True: 2 * 2**20, False: 20 * 2**20}  # bytes by which an arena grows: o
 
 @dataclass(frozen=True)
 class Forecast:
-    """Of one micro-batch: peak bytes beyond those allocated before it, FLOPs, bytes read and written."""
+    """Of one micro-batch: peak bytes beyond those allocated before it, FLOPs, bytes read and written, kernels."""
 
     peak_bytes: int
     matmul_flops: float
@@ -40,21 +40,25 @@ class Forecast:
     host_bytes: int = 0  # of pinned CPU memory, for offload
     bus_bytes: float = 0.0  # copied to CPU memory and back
     large_bytes: int = 0  # of peak_bytes, those of the arena of all blocks over SMALL
+    launches: int = 0  # operations that start a kernel, each counted once
 
     def seconds(self, gpu: Peak) -> float:
         """The time on a GPU, the middle of its range. Offload copies overlap with computing."""
-        return self._seconds(rates_of(gpu), 0)
+        return max(self._seconds(rates_of(gpu), 0), self.launches * LAUNCH_SECONDS[0])
 
     def seconds_range(self, gpu: Peak) -> tuple[float, float]:
         """The shortest and the longest time on a GPU: all rates at their fast or slow end, and the forecast's error.
 
-        The shortest is no shorter than the matmuls and attention take at the GPU's peak, or at what programs reached.
+        The shortest is no shorter than the matmuls and attention take at the GPU's peak, or at what programs reached,
+        nor than the kernels take to start. In the longest all kernels wait for their start (`LAUNCH_SECONDS`).
         """
         rates = rates_of(gpu)
         low, high = rates.error
         half = max(gpu.half_flops_per_second, *(gpu.measured.half_flops_per_second or (0.0,)))
         least = (self.matmul_flops + self.attention_flops) / half + self.matmul8_flops / gpu.int8_ops_per_second
-        return max(self._seconds(rates, 1) * low, least), self._seconds(rates, -1) * high
+        first, last = (self.launches * each for each in LAUNCH_SECONDS)
+        longest = self._seconds(rates, -1)
+        return max(self._seconds(rates, 1) * low, least, first), max(longest * high, longest + last)
 
     def _seconds(self, rates: Rates, end: int) -> float:
         computing = (
@@ -78,7 +82,7 @@ def simulate(step: Callable[[], Any]) -> Forecast:
     peak = sum(arena.end for arena in recorder.arenas.values())
     return Forecast(
         peak, recorder.flops, recorder.attention_flops, recorder.moved, recorder.matmul8_flops,
-        recorder.host_bytes, recorder.bus_bytes, recorder.arenas[False].end,
+        recorder.host_bytes, recorder.bus_bytes, recorder.arenas[False].end, recorder.launches,
     )  # fmt: skip
 
 
@@ -135,6 +139,7 @@ class _Recorder(TorchDispatchMode):
         self.moved = 0.0
         self.host_bytes = 0
         self.bus_bytes = 0.0
+        self.launches = 0
         self._known: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -149,8 +154,10 @@ class _Recorder(TorchDispatchMode):
         if name in ("mm", "addmm", "addmm_"):
             a, b = given[-2:]
             self.flops += 2.0 * a.shape[0] * a.shape[1] * b.shape[1]
+            self.launches += 1
         elif (made or name.endswith("_")) and not name.startswith(("empty", "new_")):  # these move no data
             self._move([*given, *made])
+            self.launches += 1
         return result
 
     def observe(self, name: str, tensors: list[Tensor]) -> None:
@@ -160,6 +167,7 @@ class _Recorder(TorchDispatchMode):
         """
         if threading.get_ident() != self._thread:
             return
+        self.launches += 1
         if name.startswith("attention"):
             rows, length, heads, size = tensors[0].shape
             forward = 2.0 * rows * heads * length**2 * size  # two matmuls over half of the square
