@@ -262,5 +262,5 @@ def test_the_gpus_of_an_ambiguous_name() -> None:
 
 @pytest.mark.parametrize("size", ["8GB", "8 GB", "8G", "8 GiB", "8192MiB", "8192 MB"])
 def test_a_memory_size_has_any_unit(size: str) -> None:
-    assert gpu_named(f"RTX 3060 {size}") == "RTX 3060 8GB"
-    assert gpu_named(f"RTX 3060 {size.replace('8', '6', 1)}") is None, "not the RTX 3060 with 12 GB"
+    assert hardware.gpu_named(f"RTX 3060 {size}") == "RTX 3060 8GB"
+    assert hardware.gpu_named(f"RTX 3060 {size.replace('8', '6', 1)}") is None, "not the RTX 3060 with 12 GB"

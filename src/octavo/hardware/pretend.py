@@ -119,8 +119,8 @@ def pretend_(name: str, here: Hardware, dtype: str = "auto") -> Hardware:
         )
     if lacking := _lacking(wanted, real):
         raise UsageError(
-            f"--pretend {name} needs what the {real.name} lacks: {', '.join(lacking)}.",
-            hint=f"`octavo plan --gpu {name}` needs no GPU.",
+            f"--pretend {quoted([name])} needs what the {real.name} lacks: {', '.join(lacking)}.",
+            hint=f"`octavo plan {quoted(['--gpu', name])}` needs no GPU.",
         )
     if real.memory_bytes < wanted.memory_bytes:
         gib = [f"{each.memory_bytes / 2**30:.1f} GiB" for each in (wanted, real)]
