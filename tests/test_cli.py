@@ -463,7 +463,7 @@ def test_a_perplexity_that_is_not_finite_is_null_and_exit_code_1(
 
     from octavo import metrics
 
-    monkeypatch.setattr(metrics, "token_losses", lambda _, batch: torch.full((batch.trained_tokens,), broken))
+    monkeypatch.setattr(metrics, "token_losses", lambda _, batch, options: torch.full((batch.trained_tokens,), broken))
     done = octavo("evaluate", plays / "test", "--model", tiny_llama, "--seq-len", 32, "--no-base", "--json")
     assert done.code == 1
     assert [row["perplexity"] for row in done.json["rows"]] == [None]

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from pathlib import Path
 from runpy import run_path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 from scipy import stats
 
-from octavo.intervals import DOCUMENTS, MIN_UNITS, ROWS, Units, difference, interval, t_quantile, units_of
+from octavo.intervals import DOCUMENTS, MIN_UNITS, PASSAGES, ROWS, Units, difference, interval, t_quantile, units_of
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 MEAN = 3.0
@@ -110,6 +111,28 @@ def test_the_interval_of_rows_is_wider_if_they_depend_on_their_neighbours() -> N
     assert ordered.high - ordered.low > 1.5 * (shuffled.high - shuffled.low)
 
 
+def test_the_interval_of_passages_leaves_out_what_distant_stretches_differ_by() -> None:
+    generator, tokens = np.random.default_rng(0), np.full(40, 256)
+    noise = tokens * 0.1 * generator.standard_normal(40)
+    trend = tokens * np.linspace(2, 3, 40)
+    of_passages = interval(Units(PASSAGES, noise + trend, tokens, 40, 40))
+    of_noise = interval(Units(PASSAGES, noise, tokens, 40, 40))
+    of_documents = interval(by_document(noise + trend, tokens))
+    assert of_passages is not None
+    assert of_noise is not None
+    assert of_documents is not None
+    assert of_passages.high - of_passages.low == pytest.approx(of_noise.high - of_noise.low, rel=0.1)
+    assert of_documents.high - of_documents.low > 2 * (of_passages.high - of_passages.low)
+
+
+def test_passages_are_units_as_documents_are() -> None:
+    numbers = np.arange(24) // 2
+    units = units_of(np.ones(24), np.ones(24, dtype=np.int64), numbers, np.arange(24), passages=True)
+    assert (units.over, units.documents, units.described) == (PASSAGES, 12, "12 passages")
+    few = units_of(np.ones(24), np.ones(24, dtype=np.int64), numbers // 2, np.arange(24), passages=True)
+    assert few.over == ROWS
+
+
 def test_the_variance_of_documents_is_that_of_the_whole_matrix() -> None:
     """The sums in closed form against Bell and McCaffrey's with matrices (n, n)."""
     generator = np.random.default_rng(0)
@@ -143,14 +166,30 @@ def test_a_document_with_nearly_all_tokens_has_a_finite_interval() -> None:
 
 
 @pytest.mark.parametrize(
-    ("pool", "size"),
-    [("documents", 20), ("documents", 50), ("documents", 200), ("rows", 50), ("rows", 100), ("rows", 200)],
+    ("pool", "options", "sizes"),
+    [
+        ("documents", {}, (20, 50, 200)),
+        ("rows", {}, (50, 100, 200)),
+        ("rows", {"over": PASSAGES}, (20,)),
+        ("rows", {"over": PASSAGES, "chapters": 1.0}, (20, 40)),
+    ],
 )
-def test_intervals_of_test_sets_contain_the_difference_of_the_pool(pool: str, size: int) -> None:
+def test_intervals_of_test_sets_contain_the_difference_of_the_pool(
+    pool: str, options: dict[str, Any], sizes: tuple[int, ...]
+) -> None:
     """500 test sets, as benchmarks/interval_coverage.py measures them."""
     benchmark = run_path(str(BENCHMARKS / "interval_coverage.py"))
-    found = benchmark["coverage"](benchmark[pool](), size, sets=500)
-    assert found.as_promised, found
+    drawn = benchmark[pool](**options)
+    for size in sizes:
+        found = benchmark["coverage"](drawn, size, sets=500)
+        assert found.as_promised, found
+
+
+def test_rows_in_order_of_one_chapter_say_nothing_about_the_others() -> None:
+    """So held-out text of few documents is spread over all of them (octavo.data.passages)."""
+    benchmark = run_path(str(BENCHMARKS / "interval_coverage.py"))
+    found = benchmark["coverage"](benchmark["rows"](chapters=1.0), 50, sets=200)
+    assert found.share < 0.7
 
 
 def test_losses_that_are_infinite_under_both_models_have_no_difference_and_warn_of_nothing() -> None:

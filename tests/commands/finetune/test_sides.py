@@ -15,6 +15,7 @@ from octavo.commands.data import Text
 from octavo.commands.finetune.sides import read_sides
 from octavo.config import Config, TextOptions, TrainingData, TrainOptions, WindowOptions
 from octavo.data.packing import IGNORE_INDEX
+from octavo.data.passages import count_of
 from octavo.errors import UsageError
 from octavo.reporting import Report
 from octavo.store.resolve import open_source
@@ -150,6 +151,45 @@ def test_the_last_tokens_of_a_single_text_are_held_out(tmp_path: Path, tokenizer
     assert label_count(outcome.test) == held_out
     assert f"the last {held_out:,} of {len(ids):,} tokens of {path}" in outcome.messages
     assert text.endswith(outcome.test.documents[0].text)
+
+
+def test_passages_of_a_long_text_are_held_out(tmp_path: Path, tokenizer: Any) -> None:
+    text = "".join(f"the king spoke to queen {number}\n" for number in range(3000))
+    path = write(tmp_path / "data", a_txt=text) / "a.txt"
+    outcome = Outcome(tmp_path, tokenizer, data=[str(path)], test_fraction=0.1, seq_len=256)
+    assert outcome.test is not None
+    passages = [document.text for document in outcome.test.documents]
+    count = count_of(round(0.1 * len(tokenizer(text)["input_ids"])))
+    assert len(passages) == outcome.test.ledger.documents == count > 10
+    assert all(passage.endswith("\n") and passage in text for passage in passages)
+    for document in outcome.test.documents:
+        assert text.split("\n")[document.line - 1] == document.text.split("\n")[0]
+    numbers = [int(passage.split()[5]) for passage in passages]
+    size = 3000 / count  # lines of a stretch, about
+    # Longer numbers have more tokens, so stretches of equal length have unequal numbers of lines.
+    assert all(abs(number - size * (stretch + 0.5)) <= size for stretch, number in enumerate(numbers))
+    assert f"Held out: {count} passages spread over all of the text, " in outcome.messages
+    assert outcome.overlap["held_out"] == "passages of the documents"
+    # Every token is trained or held out, but the first of each part, which no token precedes.
+    whole = len(tokenizer(text)["input_ids"]) + 1  # EOS
+    parts = outcome.train.ledger.documents + outcome.test.ledger.documents
+    assert label_count(outcome.train) + label_count(outcome.test) == whole - parts
+    again = Outcome(tmp_path, tokenizer, data=[str(path)], test_fraction=0.1, seq_len=256)
+    assert again.test is not None
+    assert again.test.documents == outcome.test.documents
+
+
+def test_passages_of_few_documents_are_held_out_unless_they_are_copies(tmp_path: Path, tokenizer: Any) -> None:
+    text = "".join(f"the king spoke to queen {number}\n" for number in range(2000))
+    data = write(tmp_path / "data", a_txt=text, b_txt=text.replace("queen", "duke"), c_txt="my lord of york\n" * 3)
+    outcome = Outcome(tmp_path, tokenizer, data=[str(data)], test_fraction=0.1, seq_len=256)
+    assert outcome.test is not None
+    assert "passages spread over all of the text" in outcome.messages
+    assert {Path(document.source).name for document in outcome.test.documents} == {"a.txt", "b.txt"}
+    write(data, d_txt=text)
+    copied = Outcome(tmp_path, tokenizer, data=[str(data)], test_fraction=0.3, seq_len=256)
+    assert copied.test is not None
+    assert copied.overlap["held_out"] == "a share of the documents"
 
 
 def test_the_held_out_fraction_of_documents_is_exact_and_reported(tmp_path: Path, tokenizer: Any) -> None:
