@@ -43,11 +43,12 @@ PINNED = ("torch", "transformers")
 
 @dataclass(frozen=True)
 class Result:
-    """One archive tested with one Python: how long it took, and the end of its output if it failed."""
+    """One archive tested with one Python: the PyTorch, how long it took, and the end of its output if it failed."""
 
     python: str
     archive: str
     seconds: float
+    torch: str = ""  # the version that the smoke test ran with, or "none"
     failure: str = ""
 
 
@@ -106,14 +107,17 @@ def test(archive: Path, version: str, python: str, *, with_torch: bool) -> Resul
         steps += [[*pip, f"{archive}[serve]"], smoke]
     else:
         steps += [[*pip, *others], [*pip, "--no-deps", str(archive)], [*smoke, "--without-torch"]]
+    torch = "" if with_torch else "none"
     failure = ""
     for step in steps:
         run = subprocess.run(step, cwd=WORK, capture_output=True, text=True, check=False)
         if run.returncode:
             failure = f"{' '.join(step)}\n{(run.stdout + run.stderr)[-3000:]}"
             break
+        if with_torch and step == smoke:  # its last line: "passed with PyTorch .."
+            torch = run.stdout.split()[-1]
     shutil.rmtree(folder, ignore_errors=True)
-    return Result(version, kind, time.monotonic() - start, failure)
+    return Result(version, kind, time.monotonic() - start, torch, failure)
 
 
 def _run(command: Sequence[str]) -> None:
@@ -161,12 +165,12 @@ def main() -> None:
             results.append(test(archive, version, python, with_torch=with_torch))
             outcome = "failed" if results[-1].failure else "passed"
             print(f"Python {version}, {results[-1].archive}: {outcome}", flush=True)
-    print("\n| Python | archive | result | seconds |\n|---|---|---|---|")
+    print("\n| Python | archive | PyTorch | result | seconds |\n|---|---|---|---|---|")
     for result in results:
         outcome = "FAILED" if result.failure else "passed"
-        print(f"| {result.python} | {result.archive} | {outcome} | {result.seconds:.0f} |")
+        print(f"| {result.python} | {result.archive} | {result.torch} | {outcome} | {result.seconds:.0f} |")
     for version in sorted(missing):
-        print(f"| {version} | both | NOT TESTED | |")
+        print(f"| {version} | both | | NOT TESTED | |")
     failures = [result.failure for result in results if result.failure]
     if failures:
         sys.exit("\n\n".join(failures))

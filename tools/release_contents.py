@@ -165,6 +165,8 @@ def archive_problems(archive: Path) -> list[str]:
     if archive.suffix != ".whl":
         top = {name.partition("/")[2] for name in names}
         problems += [f"{archive.name} has no {one}" for one in ("README.md", "pyproject.toml") if one not in top]
+        # setuptools adds tests/test*.py by itself, without the files that they need.
+        problems += [f"{archive.name} has {one}" for one in sorted(top) if one.startswith("tests/")]
     plays = sorted(path.name for path in PLAYS.glob("*/*.txt"))
     problems += [
         f"{archive.name} has no {play}" for play in plays if not any(name.endswith(f"/{play}") for name in names)

@@ -83,7 +83,7 @@ def main() -> None:
         assert octavo("--version").strip() == code("import octavo; print(octavo.__version__)").strip()
         code("import octavo.config.commands, octavo.flags, octavo.reporting, octavo.server.addresses")
         if "--without-torch" in sys.argv:
-            print("passed without torch")
+            print("passed without PyTorch")
             return
         write_model(Path("model"))
         texts = Path("texts")
@@ -103,7 +103,7 @@ def main() -> None:
         plays = code("import octavo.config as c; print(c.DEMO['data'][0])").strip()
         assert len(list(Path(plays).glob("*.txt"))) == 6, plays
         assert (Path(plays).parent / "README.md").is_file()
-    print("passed")
+        print(code("import torch; print('passed with PyTorch', torch.__version__)").strip())
 
 
 if __name__ == "__main__":

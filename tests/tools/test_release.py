@@ -9,6 +9,7 @@ import zipfile
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
+from subprocess import CompletedProcess
 from types import ModuleType
 
 import pytest
@@ -108,6 +109,15 @@ def test_files_of_the_archives(contents: ModuleType, tmp_path: Path, missing: st
         assert all(Path(missing or "").name in problem for problem in problems)
 
 
+def test_an_sdist_with_some_of_the_tests_is_refused(contents: ModuleType, tmp_path: Path) -> None:
+    """setuptools adds some by itself: MANIFEST.in removes them."""
+    sdist = tmp_path / "a-0.1.tar.gz"
+    with tarfile.open(sdist, "w:gz") as archive:
+        for name in [*(f"a/{name}" for name in FILES), "a/README.md", "a/pyproject.toml", "a/tests/test_cli.py"]:
+            archive.addfile(tarfile.TarInfo(name), io.BytesIO())
+    assert contents.archive_problems(sdist) == ["a-0.1.tar.gz has tests/test_cli.py"]
+
+
 def test_an_interpreter_is_of_the_version_that_it_is_taken_for(release: ModuleType, tmp_path: Path) -> None:
     here = "{}.{}".format(*sys.version_info[:2])
     assert release._is(here, sys.executable)
@@ -118,6 +128,24 @@ def test_an_interpreter_is_of_the_version_that_it_is_taken_for(release: ModuleTy
     assert not release._is(here, str(shim))
     assert release.interpreter("3.99", []) is None
     assert release.interpreter("3.99", ["3.99=/a/python"]) == "/a/python"
+
+
+@pytest.mark.parametrize(("with_torch", "named"), [(True, "2.13.0+cpu"), (False, "none")])
+def test_a_result_names_the_pytorch_that_the_smoke_test_ran_with(
+    release: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, with_torch: bool, named: str
+) -> None:
+    commands: list[list[str]] = []
+
+    def run(command: list[str], **_: object) -> CompletedProcess[str]:
+        commands.append(command)
+        return CompletedProcess(command, 0, stdout="passed with PyTorch 2.13.0+cpu\n", stderr="")
+
+    monkeypatch.setattr(release, "WORK", tmp_path)
+    monkeypatch.setattr(release.subprocess, "run", run)
+    result = release.test(tmp_path / "a-0.1.tar.gz", "3.14", "python3.14", with_torch=with_torch)
+    assert (result.python, result.archive, result.torch, result.failure) == ("3.14", "sdist", named, "")
+    assert commands[0][:3] == ["python3.14", "-m", "venv"]
+    assert ("--without-torch" in commands[-1]) == (not with_torch)
 
 
 @pytest.mark.parametrize(("arguments", "code"), [([], 1), (["--allow-missing"], 0)])
@@ -138,4 +166,4 @@ def test_a_missing_interpreter_is_listed_and_an_error_unless_it_is_allowed(
             release.main()
     else:
         release.main()
-    assert "| 3.14 | both | NOT TESTED | |" in capsys.readouterr().out
+    assert "| 3.14 | both | | NOT TESTED | |" in capsys.readouterr().out
