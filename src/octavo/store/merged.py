@@ -118,6 +118,18 @@ class MergedSource:
         given = self.adapter.full.get(name)
         return self._rounded(name, self.base.tensor(name) if given is None else given)
 
+    def merged(self) -> dict[str, list[str]]:
+        """What is merged: by module "LoRA", "tokens", and "weight" or "bias" that the adapter replaces."""
+        kinds: dict[str, list[str]] = {name: [] for name in self._entries}
+        for name in self.adapter.lora:
+            kinds[name].append("LoRA")
+        for name in self.adapter.tokens:
+            kinds[name].append("tokens")
+        for key in self.adapter.full:
+            name, _, kind = key.rpartition(".")
+            kinds[name].append(kind)
+        return {name: each for name, each in kinds.items() if each}
+
     def fingerprint(self) -> str:
         """The identity of the merged weights, from those of base and adapter."""
         scalings = {name: scaling for name, (_, _, scaling) in sorted(self.adapter.lora.items())}
@@ -186,9 +198,9 @@ class MergedSource:
         embedding, head = (self._changes.get(name, UNCHANGED) for name in self._tables)
         if not self._model.config.tied:
             return False
-        if embedding.lora is None and head.lora is None and embedding.weight is head.weight:
-            if embedding.tokens is head.tokens:
-                return True
+        without_lora = embedding.lora is None and head.lora is None
+        if without_lora and embedding.weight is head.weight and embedding.tokens is head.tokens:
+            return True
         if len({self._matrix_shape(name) for name in self._tables}) > 1:
             return False
         both = zip(*map(self._blocks, self._tables), strict=True)
@@ -261,4 +273,4 @@ def _with_tokens(block: Tensor, rows: slice, ids: tuple[int, ...], trained: Tens
 
 def _with_values(config: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
     """A config.json, or its text part, with other values. torch_dtype is the former name of dtype."""
-    return {key: value for key, value in config.items() if key != "torch_dtype"} | values
+    return {key: value for key, value in config.items() if key != "torch_dtype"} | dict(values)
