@@ -82,7 +82,7 @@ def test_a_run_is_merged_into_the_base_that_it_names_in_bfloat16(octavo: Octavo,
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").dtype == torch.bfloat16
 
 
-def test_the_model_card_has_base_adapter_type_and_the_verdict_of_the_run(run: Path, tmp_path: Path) -> None:
+def test_the_readme_has_base_adapter_type_and_the_verdict_of_the_run(run: Path, tmp_path: Path) -> None:
     api.merge(adapter=run, out=tmp_path / "story", type="float16", quiet=True)
     readme = (tmp_path / "story" / "README.md").read_text()
     metadata = yaml.safe_load(readme.split("---")[1])

@@ -131,6 +131,10 @@ def test_lora_on_embedding_and_head_and_trained_tokens_are_added(families: dict[
         a, b, scaling = adapter.lora[name.removesuffix(".weight")]
         delta = scaling * (b @ a)
         assert torch.allclose(model.tensor(name), base[name] + (delta.T if transposed else delta), rtol=0, atol=1e-6)
+    given = {"lm_head.weight": base["lm_head.weight"].clone(), "model.norm.weight": torch.ones(64)}
+    full = replace(adapter, lora={}, full=given, tokens={"lm_head": ((0,), rows[:1])})
+    assert torch.equal(merged(source, full).tensor("lm_head.weight")[0], rows[0])
+    assert torch.equal(given["lm_head.weight"], base["lm_head.weight"]), "the adapter is not changed in memory"
     kinds = model.merged()
     assert kinds["model.embed_tokens"] == ["LoRA", "tokens"]
     assert kinds["model.norm"] == ["weight"]
@@ -199,7 +203,7 @@ class Peak(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.live: dict[int, tuple[StorageWeakRef, int]] = {}
-        self.bytes = 0
+        self.bytes: int = 0
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
@@ -214,9 +218,10 @@ class Peak(TorchDispatchMode):
         return result
 
 
-def peak(work: Callable[[], object]) -> int:
-    with Peak() as measured:
-        work()
+def peak(work: Callable[..., object], *arguments: object) -> int:
+    measured = Peak()
+    with measured:
+        work(*arguments)
     return measured.bytes
 
 
@@ -232,10 +237,10 @@ def test_a_tensor_is_merged_in_the_memory_of_its_result_and_a_few_blocks(
         name = f"{module}.weight"
         monkeypatch.setattr(weights, "BLOCK_VALUES", block)
         bound = 4 * prod(model.shape(name)) + 5 * 4 * block
-        assert peak(lambda name=name: model.tensor(name)) <= bound
+        assert peak(model.tensor, name) <= bound
         monkeypatch.setattr(weights, "BLOCK_VALUES", 2**40)
         if prod(model.shape(name)) > 5 * block:  # the measurement sees what whole matrices would take
-            assert peak(lambda name=name: model.tensor(name)) > bound
+            assert peak(model.tensor, name) > bound
 
 
 @pytest.mark.parametrize("scheme", ["none", "int8"])

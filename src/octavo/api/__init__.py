@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, cast, overload
 
+from octavo.api.export_results import MergeResult
 from octavo.api.loading import load as load
 from octavo.api.options import with_options
 from octavo.api.results import (
@@ -22,7 +23,6 @@ from octavo.api.results import (
     ConvertResult,
     EvaluateResult,
     GenerateResult,
-    MergeResult,
     PlanResult,
     PushResult,
     QuantizeResult,

@@ -13,7 +13,7 @@ import torch
 from octavo.adapters.merging import merged
 from octavo.bounded_json import shown
 from octavo.commands.loading import tokenizer_with
-from octavo.commands.merged_card import MergedModel, merged_card
+from octavo.commands.merged_readme import MergedModel, merged_readme
 from octavo.config import Config, MergeOptions
 from octavo.errors import AdapterError, ModelError, UsageError
 from octavo.ops.quantize import scheme_named
@@ -54,7 +54,7 @@ def merge(config: Config, report: Report) -> dict[str, Any]:
             "Give it with --model to merge without their error."
         )
     about = MergedModel(options.out.absolute().name, name, stored, folder, options.type, model)
-    layers, total = _write(options, model, merged_card(about), report)
+    layers, total = _write(options, model, merged_readme(about), report)
     _print(options, model, layers, total, report)
     return {
         "out": str(options.out),

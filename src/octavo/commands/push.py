@@ -88,7 +88,7 @@ def readme_of(run: Path, adapter: Path, *, file_names: bool = True, adapter_name
 
 
 def about(run: Path, adapter: Path, *, file_names: bool = True, adapter_name: str = "") -> About:
-    """What the card of an adapter of a run says. It has the results if the adapter is the one that the run keeps."""
+    """What the model card of an adapter of a run says: the results too if the run keeps this adapter."""
     folder = RunFolder(run)
     settings = read_settings(folder.settings)
     origin = read_object(adapter / ORIGIN, error=AdapterError)

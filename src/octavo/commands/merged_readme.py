@@ -39,7 +39,7 @@ class MergedModel:
     source: MergedSource
 
 
-def merged_card(model: MergedModel) -> str:
+def merged_readme(model: MergedModel) -> str:
     """The text of README.md, with the metadata block that the hub reads. It has names of files and no folders."""
     base, run = public_name(hub_id(model.base)), run_of(model.adapter)
     licence = licence_of(model.base)
