@@ -273,6 +273,7 @@ def test_the_identity_is_that_of_base_and_adapter(families: dict[str, Path], tmp
     lora = {name: (a, b, 2 * scaling) for name, (a, b, scaling) in adapter.lora.items()}
     others = [replace(adapter, sha256="0" * 64), replace(adapter, lora=lora)]
     assert len({fingerprint(merged(source, each)) for each in (adapter, *others)}) == 3
+    assert fingerprint(merged(FolderSource(tmp_path / "out"), adapter)) != fingerprint(model)
 
 
 def test_values_beyond_the_type_are_an_error(families: dict[str, Path], tmp_path: Path) -> None:
