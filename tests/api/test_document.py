@@ -36,6 +36,9 @@ def test_the_code_of_the_document_runs(
     assert torch.isfinite(names["logits"]).all()
     assert names["best"]["scheme"] in ("none", "int8", "nf4")
     assert (tmp_path / "smollm2-int8" / "model.safetensors").is_file()
+    assert (names["single"]["base_scheme"], names["single"]["error"]) == ("none", None)
+    assert (tmp_path / "merged" / "README.md").is_file()
+    assert 0 < names["small"]["error"] < 0.02
     assert names["estimate"]["plans"][0]["fits"]
     printed = capsys.readouterr().out.replace("\n", " ")
     expected = re.findall(r"print\(error\)  # (.*)", code)

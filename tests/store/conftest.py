@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import shutil
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tests.store.full_adapters import CASES, Written, write_adapter
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -20,6 +23,7 @@ from transformers import (
     LlamaConfig,
     Olmo2Config,
     PreTrainedTokenizerFast,
+    Qwen2Config,
     Qwen3Config,
     SmolLM3Config,
 )
@@ -73,6 +77,27 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A folder for each of CONFIGS, as transformers writes it, float32. Not to be changed."""
     parent = tmp_path_factory.mktemp("models")
     return {name: write_model(parent / name, config) for name, config in CONFIGS.items()}
+
+
+@pytest.fixture(scope="session")
+def families(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The folders of `folders`, one in which only q, k and v have biases, and one of a tied head with a bias."""
+    models = tmp_path_factory.mktemp("models")
+    qwen2 = write_model(models / "qwen2", Qwen2Config(**LLAMA, tie_word_embeddings=True))
+    gptj = GPTJConfig(vocab_size=300, n_embd=64, n_layer=2, n_head=4, rotary_dim=8, tie_word_embeddings=True)
+    return {**folders, "qwen2": qwen2, "gptj-tied": write_model(models / "gptj-tied", gptj)}
+
+
+@pytest.fixture(scope="session")
+def written(families: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Written:
+    """Writes PEFT's adapter of a case, once: (its folder, not to be changed; the logits of PEFT's model)."""
+
+    @cache
+    def write(case: str) -> tuple[Path, Tensor]:
+        out = tmp_path_factory.mktemp("adapter")
+        return out, write_adapter(case, families[CASES[case][0]], out)
+
+    return write
 
 
 @pytest.fixture

@@ -4,29 +4,25 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from tests.store.conftest import LLAMA, write_model
+from tests.store.full_adapters import CASES, TOLERANCE, Written, base_of, logits, model_of
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GPTJConfig, Qwen2Config
 
 from octavo.adapters import apply_, save
 from octavo.adapters.served import serve_
 from octavo.errors import AdapterError
 from octavo.layers.multi_lora import ServedAdapters
-from octavo.models import Decoder, WeightEntry, weight_entries
+from octavo.models import WeightEntry, weight_entries
 from octavo.ops.quantize import dequantize, scheme_named
 from octavo.store.peft import TENSORS, Adapter, read
 from octavo.store.sources import FolderSource
-from octavo.store.weights import load
 
 pytestmark = [
     # peft 0.21 and the torch that it calls.
@@ -36,111 +32,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning"),
     pytest.mark.filterwarnings("ignore:You passed `ensure_weight_tying=True`:UserWarning"),
 ]
-
-IDS = torch.randint(0, 300, (2, 24), generator=torch.Generator().manual_seed(0))
-TOLERANCE = 3e-4  # of float32 logits of about 7, as test_adapters.py derives it
-BOTH = ["embed_tokens", "lm_head"]
-Written = Callable[[str], tuple[Path, Tensor]]
-
-# The family, LoraConfig's options, and "resize" and "save" for the steps before training and at the end.
-CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    "head": ("llama", {"modules_to_save": ["lm_head"]}),
-    "embedding": ("llama", {"modules_to_save": ["embed_tokens"]}),
-    "both": ("llama", {"modules_to_save": BOTH}),
-    "linears": ("llama", {"modules_to_save": ["down_proj", "k_proj", "up_proj"]}),
-    "an mlp": ("llama", {"modules_to_save": ["mlp"]}),
-    "one linear": ("llama", {"modules_to_save": ["model.layers.1.mlp.gate_proj"]}),
-    "norm and head": ("llama", {"modules_to_save": ["model.norm", "lm_head"], "bias": "lora_only"}),
-    "all biases": ("llama", {"bias": "all"}),
-    "saved along": ("llama", {"save": True}),
-    "resized": ("llama", {"resize": 310}),
-    "shrunk": ("llama", {"resize": 280}),
-    "resized and trained": ("llama", {"resize": 310, "modules_to_save": BOTH}),
-    "resized embedding with LoRA": ("llama", {"resize": 310, "target_modules": ["q_proj", *BOTH]}),
-    "tokens": ("llama", {"trainable_token_indices": [7, 3, 250]}),
-    "tokens of both": ("llama", {"trainable_token_indices": {"embed_tokens": [7, 3], "lm_head": [4]}}),
-    "tokens resized": ("llama", {"trainable_token_indices": [7, 305], "resize": 310}),
-    "tied head": ("llama-tied", {"modules_to_save": ["lm_head"]}),
-    "tied embedding": ("llama-tied", {"modules_to_save": ["embed_tokens"]}),
-    "tied both": ("llama-tied", {"modules_to_save": BOTH}),
-    "tied kept": ("llama-tied", {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}),
-    "tied saved along": ("llama-tied", {"save": True}),
-    "tied resized": ("llama-tied", {"resize": 310}),
-    "tied resized head": ("llama-tied", {"resize": 310, "target_modules": ["q_proj", "lm_head"]}),
-    "tied resized embedding": ("llama-tied", {"resize": 310, "target_modules": ["q_proj", "embed_tokens"]}),
-    "tied resized and trained": ("llama-tied", {"resize": 310, "modules_to_save": BOTH}),
-    "tied tokens": ("llama-tied", {"trainable_token_indices": [7, 3, 250]}),
-    "gptj linears": ("gptj", {"modules_to_save": ["fc_in", "fc_out", "lm_head"]}),
-    "gptj q": ("gptj", {"modules_to_save": ["v_proj", "ln_1"]}),
-    "gptj all biases": ("gptj", {"bias": "all"}),
-    "gptj resized": ("gptj", {"resize": 310}),
-    "gptj tokens": ("gptj", {"trainable_token_indices": {"wte": [5, 2]}}),
-    "gptj tied head": ("gptj-tied", {"modules_to_save": ["lm_head"]}),
-    "gptj tied both": ("gptj-tied", {"modules_to_save": ["wte", "lm_head"]}),
-    "gptj tied resized": ("gptj-tied", {"resize": 310, "modules_to_save": ["wte", "lm_head"]}),
-    "some biases": ("qwen2", {"target_modules": ["q_proj", "v_proj"], "bias": "lora_only"}),
-    "one bias": ("qwen2", {"target_modules": ["k_proj"], "bias": "lora_only"}),
-    "qwen2 all biases": ("qwen2", {"target_modules": ["q_proj", "v_proj"], "bias": "all"}),
-    "rslora and head": ("qwen2", {"use_rslora": True, "modules_to_save": ["lm_head"]}),
-}  # fmt: skip
-
-
-@pytest.fixture(scope="session")
-def families(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The folders of `folders`, one in which only q, k and v have biases, and one of a tied head with a bias."""
-    models = tmp_path_factory.mktemp("models")
-    qwen2 = write_model(models / "qwen2", Qwen2Config(**LLAMA, tie_word_embeddings=True))
-    gptj = GPTJConfig(vocab_size=300, n_embd=64, n_layer=2, n_head=4, rotary_dim=8, tie_word_embeddings=True)
-    return {**folders, "qwen2": qwen2, "gptj-tied": write_model(models / "gptj-tied", gptj)}
-
-
-def model_of(folder: Path, scheme: str = "none", dtype: torch.dtype = torch.float32) -> Decoder:
-    return load(FolderSource(folder), scheme_named(scheme), dtype=dtype, device=torch.device("cpu"))
-
-
-def logits(model: Any) -> Tensor:
-    with torch.no_grad():
-        output = model(IDS.clamp(max=279))
-    return output if isinstance(output, Tensor) else output.logits
-
-
-def base_of(folder: Path, resize: int | None) -> Any:
-    base = AutoModelForCausalLM.from_pretrained(folder)
-    if resize:
-        base.resize_token_embeddings(resize)
-        tables = {
-            id(layer.weight): layer.weight for layer in (base.get_input_embeddings(), base.get_output_embeddings())
-        }
-        for table in tables.values():
-            new = table.data[min(resize, 300) - 5 :]
-            torch.nn.init.normal_(new, std=0.2, generator=torch.Generator().manual_seed(8))
-    return base
-
-
-def shake_(parameters: Iterator[torch.nn.Parameter]) -> None:
-    generator = torch.Generator().manual_seed(1)
-    for parameter in parameters:
-        parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator)
-
-
-@pytest.fixture(scope="session")
-def written(families: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Written:
-    """Writes PEFT's adapter of a case, once: (its folder, not to be changed; the logits of PEFT's model)."""
-
-    @cache
-    def write(case: str) -> tuple[Path, Tensor]:
-        family, options = CASES[case]
-        lora_options = {key: value for key, value in options.items() if key not in ("resize", "save")}
-        torch.manual_seed(0)
-        defaults = {"r": 4, "lora_alpha": 12, "target_modules": ["q_proj"]}
-        config = LoraConfig(task_type="CAUSAL_LM", **{**defaults, **lora_options})
-        model = get_peft_model(base_of(families[family], options.get("resize")), config)
-        shake_(parameter for parameter in model.parameters() if parameter.requires_grad)
-        out = tmp_path_factory.mktemp("adapter")
-        model.save_pretrained(out, **({"save_embedding_layers": True} if options.get("save") else {}))
-        return out, logits(model.eval())
-
-    return write
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -23,8 +23,8 @@ def serve_(model: Decoder, served: ServedAdapters, adapter: Adapter, name: str) 
         raise AdapterError(
             f"The adapter {name} has trained norms, biases or full weights ({some(changed)}); only LoRA can be "
             "served next to other adapters.",
-            hint="Use `octavo generate --adapter`, or merge it into its base with PEFT and serve that. An adapter "
-            "trained without --train-norms, --train-biases and modules_to_save can be served.",
+            hint="Use `octavo generate --adapter`, or merge it into its base with `octavo merge` and serve that. An "
+            "adapter trained without --train-norms, --train-biases and modules_to_save can be served.",
         )
     check_shapes(entries, adapter)
     loras = {module: lora_for(entries[module], adapter) for module in adapter.lora}

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, cast, overload
 
+from octavo.api.export_results import MergeResult
 from octavo.api.loading import load as load
 from octavo.api.options import with_options
 from octavo.api.results import (
@@ -37,6 +38,7 @@ from octavo.config.commands import (
     EVALUATE,
     FINETUNE,
     GENERATE,
+    MERGE,
     PLAN,
     PUSH,
     QUANTIZE,
@@ -152,6 +154,15 @@ def convert(config: Config, quiet: bool) -> ConvertResult:
 
     with _report(quiet) as report:
         return cast(ConvertResult, run(config, report))
+
+
+@with_options(MERGE)
+def merge(config: Config, quiet: bool) -> MergeResult:
+    """Merges an adapter into its base and writes a model folder, for octavo, transformers, vLLM and MLX."""
+    from octavo.commands.merge import merge as run
+
+    with _report(quiet) as report:
+        return cast(MergeResult, run(config, report))
 
 
 # Not `runs`, as the command: `octavo.runs` is the package of run folders, and its import would replace the function.
