@@ -45,7 +45,7 @@ class About:
 def model_card(about: About) -> str:
     """The text of README.md, with the metadata block that the hub reads."""
     base = public_name(about.base)
-    metadata: dict[str, Any] = {"base_model": base} if _is_hub_id(base) else {}
+    metadata: dict[str, Any] = {"base_model": base} if is_hub_id(base) else {}
     metadata |= {"library_name": "peft", "pipeline_tag": "text-generation", "tags": ["lora", "octavo"]}
     if about.licence:
         metadata["license"] = about.licence
@@ -160,13 +160,14 @@ tokenizer = AutoTokenizer.from_pretrained("{base}")
 or `{command}`, with the adapter in a folder."""
 
 
-def _is_hub_id(name: str) -> bool:
+def is_hub_id(name: str) -> bool:
+    """Whether a name has the form owner/name, and none of a path."""
     return name.count("/") == 1 and not name.startswith((".", "/", "~"))
 
 
 def public_name(name: str) -> str:
     """A hub id as it is; of a path the last name, so that it has no folders of a machine."""
-    return name if _is_hub_id(name) and PurePath(name).suffix != ".gguf" else PurePath(name).name or name
+    return name if is_hub_id(name) and PurePath(name).suffix != ".gguf" else PurePath(name).name or name
 
 
 def _count(value: object) -> str:
