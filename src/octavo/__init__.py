@@ -23,8 +23,10 @@ from octavo.errors import (
 if TYPE_CHECKING:
     from octavo.api import (
         Run,
+        combine_adapters,
         compare,
         convert,
+        diff_adapters,
         evaluate,
         finetune,
         generate,
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
         push,
         quantize,
         serve,
+        show_adapter,
         tune,
     )
     from octavo.api.language_model import LanguageModel
@@ -52,8 +55,10 @@ __all__ = [
     "UnknownOptionError",
     "UsageError",
     "__version__",
+    "combine_adapters",
     "compare",
     "convert",
+    "diff_adapters",
     "evaluate",
     "finetune",
     "generate",
@@ -63,6 +68,7 @@ __all__ = [
     "push",
     "quantize",
     "serve",
+    "show_adapter",
     "tune",
 ]
 
