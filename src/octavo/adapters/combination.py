@@ -25,6 +25,7 @@ from octavo.adapters.low_rank import Change, Truncated, stacked, truncated
 from octavo.bounded_json import some
 from octavo.errors import AdapterError
 from octavo.layers.lora import LoraSpec
+from octavo.models import layer_of
 from octavo.store.peft import Adapter
 from octavo.store.peft_targets import Targets
 
@@ -84,6 +85,11 @@ def combined(parts: Sequence[Weighted], *, rank: int | None = None, base: Base |
         base=parts[0].adapter.base,
     )  # fmt: skip
     return Combination(replace(adapter, full=_with_biases(parts, adapter, base)), results)
+
+
+def by_layer(names: Iterable[str]) -> list[str]:
+    """Names of modules or tensors, sorted: layer by layer, then those outside. A file has them in any order."""
+    return sorted(names, key=lambda name: (layer_of(name) is None, layer_of(name) or 0, name))
 
 
 def modules_of(parts: Sequence[Weighted], adapter: Adapter) -> set[str]:
@@ -228,5 +234,5 @@ def _finite(*tensors: Tensor) -> bool:
 
 
 def _keys(tables: Iterable[Mapping[str, object]]) -> list[str]:
-    """The keys of several mappings, each once, in their order."""
-    return list(dict.fromkeys(key for table in tables for key in table))
+    """The keys of several mappings, each once, in the order of the layers."""
+    return by_layer({key for table in tables for key in table})

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from octavo.adapters import low_rank
+from octavo.adapters.combination import by_layer
 from octavo.bounded_json import some
 from octavo.errors import AdapterError
 from octavo.models import layer_of
@@ -50,9 +51,9 @@ class ModuleDistance:
 
 
 def distances(a: Adapter, b: Adapter) -> list[ModuleDistance]:
-    """The LoRA of both adapters, in the order of `a`, then of `b`. AdapterError for modules of other shapes."""
+    """The LoRA of both adapters, layer by layer. AdapterError for modules of other shapes."""
     found = []
-    for name in dict.fromkeys((*a.lora, *b.lora)):
+    for name in by_layer({*a.lora, *b.lora}):
         x, y = a.lora.get(name), b.lora.get(name)
         if x is None or y is None:
             norms = low_rank.norm(x) if x else 0.0, low_rank.norm(y) if y else 0.0
@@ -89,5 +90,5 @@ def full_difference(a: Adapter, b: Adapter) -> tuple[list[str], list[str], float
     both = [key for key, tensor in a.full.items() if key in b.full and b.full[key].shape == tensor.shape]
     differences = [float((a.full[key].double() - b.full[key].double()).norm()) for key in both]
     norms = [float(a.full[key].double().norm()) for key in both]
-    only_a, only_b = ([key for key in one.full if key not in both] for one in (a, b))
+    only_a, only_b = (by_layer(key for key in one.full if key not in both) for one in (a, b))
     return only_a, only_b, math.hypot(*differences), math.hypot(*norms)

@@ -11,6 +11,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
+import octavo as api
+
 SETTINGS: dict[str, dict[str, Any]] = {
     "a": {"r": 2, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"]},
     "b": {"r": 3, "lora_alpha": 4, "use_rslora": True, "target_modules": ["q_proj", "down_proj"]},
@@ -47,3 +49,26 @@ def write(tiny_llama: Path, tmp_path: Path) -> Write:
         return write_peft(tmp_path / name, base, seed=seed, **settings)
 
     return write_one
+
+
+@pytest.fixture(scope="session")
+def run(tiny_llama: Path, plays: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of two steps, with a checkpoint of each."""
+    out = tmp_path_factory.mktemp("checkpoints") / "mine"
+    api.finetune(
+        model=tiny_llama, data=[plays / "train"], test_data=[plays / "test"], out=out, dtype="float32", seq_len=32,
+        steps=2, checkpoint_every=1, eval_every=1, rank=2, lr=0.05, sample_tokens=1, keep="last", probes=False,
+        quiet=True,
+    )  # fmt: skip
+    return out
+
+
+@pytest.fixture(scope="session")
+def tiny_gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A GPT-2 of one layer, whose weights are stored (K, N), without a tokenizer."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    folder = tmp_path_factory.mktemp("tiny") / "gpt2"
+    config = GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2, n_positions=16)
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    return folder

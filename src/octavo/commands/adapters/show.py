@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from octavo.adapters import attached, low_rank
+from octavo.adapters.combination import by_layer
 from octavo.bounded_json import read_object, some
 from octavo.commands.adapters.opening import OpenedAdapter, base_text, open_adapter, open_base
 from octavo.commands.run_summary import state_of
@@ -84,18 +85,13 @@ def show(config: Config, report: Report) -> dict[str, Any]:
 
 
 def changes_of(adapter: Adapter, base: BaseWeights | None) -> list[ModuleChange]:
-    """The LoRA of each module with its norm, in the order of the file."""
-    return [
-        ModuleChange(
-            name,
-            len(a),
-            scaling,
-            a.numel() + b.numel(),
-            low_rank.norm((a, b, scaling)),
-            base.norm(name) if base is not None else None,
-        )
-        for name, (a, b, scaling) in adapter.lora.items()
-    ]
+    """The LoRA of each module with its norm, layer by layer."""
+    found = []
+    for name in by_layer(adapter.lora):
+        a, b, scaling = change = adapter.lora[name]
+        base_norm = base.norm(name) if base is not None else None
+        found.append(ModuleChange(name, len(a), scaling, a.numel() + b.numel(), low_rank.norm(change), base_norm))
+    return found
 
 
 def together(changes: Sequence[ModuleChange]) -> float:
@@ -113,8 +109,8 @@ def relative(changes: Sequence[ModuleChange]) -> float | None:
 def in_full(adapter: Adapter) -> dict[str, list[str]]:
     """What is trained in full, by kind: tensors, or modules whose tokens are trained. Empty kinds are left out."""
     kinds: dict[str, list[str]] = {}
-    for key, tensor in adapter.full.items():
-        name, _, part = key.rpartition(".")
+    for key in by_layer(adapter.full):
+        tensor, (name, _, part) = adapter.full[key], key.rpartition(".")
         if part == "weight" and key in adapter.base_layers and name not in adapter.separate:
             kind = "weights of the base, not trained"
         elif name.rpartition(".")[2] in embedding_keys() and layer_of(name) is None:
