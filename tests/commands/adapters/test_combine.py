@@ -120,11 +120,11 @@ def test_the_folder_names_its_parents_and_its_base(adapter_folder: Path, tmp_pat
     ]
     assert read.origin["combined"] == parents
     assert [{**one, "folder": ""} for one in done.json["parents"]] == [{**one, "folder": ""} for one in parents]
-    card = (tmp_path / "c" / "README.md").read_text()
-    assert card.startswith("---\nlibrary_name: peft")
-    assert f"| other | 0.5 | `{first.sha256}` |" in card
-    assert str(first.trained_on) in card
-    assert str(tmp_path) not in card
+    readme = (tmp_path / "c" / "README.md").read_text()
+    assert readme.startswith("---\nlibrary_name: peft")
+    assert f"| other | 0.5 | `{first.sha256}` |" in readme
+    assert str(first.trained_on) in readme
+    assert str(tmp_path) not in readme
     shown = octavo("adapters", "show", tmp_path / "c", "--json").json
     assert shown["parents"] == parents
 

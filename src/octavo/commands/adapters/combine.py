@@ -15,8 +15,8 @@ from octavo._version import __version__
 from octavo.adapters.combination import Combination, Weighted, combined, modules_of
 from octavo.adapters.low_rank import Truncated
 from octavo.bounded_json import read_object, shown
-from octavo.commands.adapters.card import ParentAdapter, combined_card
 from octavo.commands.adapters.opening import OpenedAdapter, base_text, open_adapter, open_base, with_names_of
+from octavo.commands.adapters.readme import ParentAdapter, combined_readme
 from octavo.config import AdapterCombineOptions, Config
 from octavo.errors import AdapterError, UsageError
 from octavo.models import layer_of
@@ -147,7 +147,7 @@ def _write(
         origin["base"] = recorded
     transposed = any(read_object(one.folder / CONFIG, error=AdapterError).get("fan_in_fan_out") for one in opened)
     adapter = replace(result.adapter, origin=origin, fan_in_fan_out=bool(transposed))
-    readme = combined_card(
+    readme = combined_readme(
         base_name, _shared_hash(opened), parents, ranks={len(a) for a, _, _ in adapter.lora.values()},
         error=result.error, licence=licence_of(base_name),
     )  # fmt: skip

@@ -25,7 +25,7 @@ class ParentAdapter:
         return asdict(self)
 
 
-def combined_card(
+def combined_readme(
     base: str,
     base_sha256: str | None,
     parents: Sequence[ParentAdapter],
