@@ -57,6 +57,7 @@ DOCUMENTED_OPTIONS = {
     "compare": "runs report json",
     "tune": "model data test-data test-fraction minutes lr rank report resume out json",
 }
+ADAPTERS, VERBS = ("adapters",), ("show", "diff", "combine")
 GREEDY = ("--temperature", 0, "--max-new-tokens", 8, "--scheme", "none", "--dtype", "float32")
 
 
@@ -88,7 +89,15 @@ def test_help_imports_no_slow_modules(command: str) -> None:
     assert not loaded & {"torch", "transformers", "numpy", "safetensors", "tokenizers", "fastapi", "lm_eval", "triton"}
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["finetune", "--help"], ["demo", "--print-config"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["finetune", "--help"],
+        ["demo", "--print-config"],
+        *(["adapters", name, "--help"] for name in ADAPTERS),
+    ],
+)
 def test_help_and_print_config_import_neither_torch_nor_transformers(arguments: list[str]) -> None:
     code = (
         "import sys\nfrom octavo.cli import main\n"

@@ -41,6 +41,9 @@ KINDS: dict[str, tuple[type[Section], ...]] = {
     "data": cli.DATA,
     "runs": cli.RUNS,
     "compare": cli.COMPARE,
+    "adapters show": cli.ADAPTER_SHOW,
+    "adapters diff": cli.ADAPTER_DIFF,
+    "adapters combine": cli.ADAPTER_COMBINE,
 }
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 

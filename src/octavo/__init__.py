@@ -23,8 +23,10 @@ from octavo.errors import (
 if TYPE_CHECKING:
     from octavo.api import (
         Run,
+        combine_adapters,
         compare,
         convert,
+        diff_adapters,
         evaluate,
         finetune,
         generate,
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
         push,
         quantize,
         serve,
+        show_adapter,
         tune,
     )
     from octavo.api.language_model import LanguageModel
@@ -53,8 +56,10 @@ __all__ = [
     "UnknownOptionError",
     "UsageError",
     "__version__",
+    "combine_adapters",
     "compare",
     "convert",
+    "diff_adapters",
     "evaluate",
     "finetune",
     "generate",
@@ -65,6 +70,7 @@ __all__ = [
     "push",
     "quantize",
     "serve",
+    "show_adapter",
     "tune",
 ]
 

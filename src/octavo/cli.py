@@ -17,6 +17,9 @@ import typer
 
 from octavo._version import __version__
 from octavo.config import DEMO, Config, DataOptions, ModelOptions, PromptOptions, TextOptions
+from octavo.config.commands import ADAPTER_COMBINE as ADAPTER_COMBINE
+from octavo.config.commands import ADAPTER_DIFF as ADAPTER_DIFF
+from octavo.config.commands import ADAPTER_SHOW as ADAPTER_SHOW
 from octavo.config.commands import CHAT as CHAT
 from octavo.config.commands import CHECK as CHECK
 from octavo.config.commands import COMPARE as COMPARE
@@ -78,20 +81,16 @@ def _preview(config: Config, as_json: bool) -> None:
 def tune(config: Config, as_json: bool) -> None:
     """Choose the learning rate and the LoRA rank by short runs within --minutes, and say how sure that is."""
     from octavo.commands.tune import tune as run
-    from octavo.reporting import Report
 
-    with Report(results=not as_json) as report:
-        _print_json(run(config, report), as_json)
+    _report(run, config, as_json)
 
 
 @command(app, PLAN, usual=("model", "gpu_memory", "gpu", "scheme", "seq_len", "batch_size", "rank"))
 def plan(config: Config, as_json: bool) -> None:
     """Estimate the GPU memory of a fine-tuning run, without reading weights."""
     from octavo.commands.plan import plan as run
-    from octavo.reporting import Report
 
-    with Report(results=not as_json) as report:
-        _print_json(run(config, report), as_json)
+    _report(run, config, as_json)
 
 
 @command(
@@ -166,20 +165,16 @@ def serve(config: Config, as_json: bool) -> None:
 def quantize(config: Config, as_json: bool) -> None:
     """Quantize a model and write it to a folder that loads without the original."""
     from octavo.commands.quantize import quantize as run
-    from octavo.reporting import Report
 
-    with Report(results=not as_json) as report:
-        _print_json(run(config, report), as_json)
+    _report(run, config, as_json)
 
 
 @command(app, CONVERT, usual=("model", "out", "allow_pickle"), positional="model")
 def convert(config: Config, as_json: bool) -> None:
     """Split a model fine-tuned from hivemind/gpt-j-6B-8bit into a base model and a PEFT adapter."""
     from octavo.commands.convert import convert as run
-    from octavo.reporting import Report
 
-    with Report(results=not as_json) as report:
-        _print_json(run(config, report), as_json)
+    _report(run, config, as_json)
 
 
 @command(app, MERGE, usual=("model", "adapter", "out", "type"))
@@ -196,30 +191,54 @@ def merge(config: Config, as_json: bool) -> None:
 def runs(config: Config, as_json: bool) -> None:
     """List the runs in a folder: model, data, steps, state, held-out perplexity before and after, speed, date."""
     from octavo.commands.run_list import list_runs
-    from octavo.reporting import Report
 
-    with Report(results=not as_json) as report:
-        _print_json(list_runs(config, report), as_json)
+    _report(list_runs, config, as_json)
 
 
 @command(app, COMPARE, usual=("runs", "report"), positional="runs")
 def compare(config: Config, as_json: bool) -> None:
     """Compare runs: settings that differ, results, differences with intervals, loss curves, samples."""
     from octavo.commands.compare import compare as run
-    from octavo.reporting import Report
 
-    with Report(results=not as_json) as report:
-        _print_json(run(config, report), as_json)
+    _report(run, config, as_json)
 
 
 @command(app, PUSH, usual=("run", "repository", "private", "revision", "dry_run"), positional=("run", "repository"))
 def push(config: Config, as_json: bool) -> None:
     """Upload the adapter of a run to the Hugging Face hub, with a model card. `hf auth login` stores the token."""
     from octavo.commands.push import push as run
-    from octavo.reporting import Report
 
-    with Report(results=not as_json) as report:
-        _print_json(run(config, report), as_json)
+    _report(run, config, as_json)
+
+
+adapters_app = typer.Typer(
+    name="adapters", help="Show an adapter, compare two, or combine several.", epilog=EXIT_CODES, no_args_is_help=True
+)
+app.add_typer(adapters_app)
+
+
+@command(adapters_app, ADAPTER_SHOW, usual=("adapter", "model"), positional="adapter")
+def show(config: Config, as_json: bool) -> None:
+    """Show an adapter: its base, targets, rank, the norm of the change by layer, and the run that it is of."""
+    from octavo.commands.adapters.show import show as run
+
+    _report(run, config, as_json)
+
+
+@command(adapters_app, ADAPTER_DIFF, usual=("adapters",), positional="adapters")
+def diff(config: Config, as_json: bool) -> None:
+    """Compare two adapters: base, settings, and by layer the cosine and the difference of what they change."""
+    from octavo.commands.adapters.diff import diff as run
+
+    _report(run, config, as_json)
+
+
+@command(adapters_app, ADAPTER_COMBINE, usual=("adapters", "out", "rank", "model"), positional="adapters")
+def combine(config: Config, as_json: bool) -> None:
+    """Write the weighted sum of adapters, as runs/a=0.7 runs/b=0.3, as one adapter: exact, or of a rank by SVD."""
+    from octavo.commands.adapters.combine import combine as run
+
+    _report(run, config, as_json)
 
 
 models_app = typer.Typer(name="models", epilog=EXIT_CODES)
@@ -318,6 +337,14 @@ def _run_command() -> BaseException | None:
     except BaseException as error:
         return error
     return None
+
+
+def _report(run: Callable[[Config, Any], dict[str, Any]], config: Config, as_json: bool) -> None:
+    """Runs a command that prints its results, and prints its document in their place with --json."""
+    from octavo.reporting import Report
+
+    with Report(results=not as_json) as report:
+        _print_json(run(config, report), as_json)
 
 
 def _print_json(document: dict[str, Any], as_json: bool) -> None:

@@ -21,10 +21,24 @@ from tests.conftest import Octavo
 from tests.forks import Forks
 
 import octavo as api
-from octavo.api import results
+from octavo.api import adapter_results, results
 from octavo.api.options import name_keywords_
 from octavo.config import Config, GenerateOptions, ModelOptions, fields
-from octavo.config.commands import COMPARE, CONVERT, EVALUATE, FINETUNE, GENERATE, MERGE, PLAN, QUANTIZE, RUNS, SERVE
+from octavo.config.commands import (
+    ADAPTER_COMBINE,
+    ADAPTER_DIFF,
+    ADAPTER_SHOW,
+    COMPARE,
+    CONVERT,
+    EVALUATE,
+    FINETUNE,
+    GENERATE,
+    MERGE,
+    PLAN,
+    QUANTIZE,
+    RUNS,
+    SERVE,
+)
 
 FUNCTIONS: dict[str, tuple[type[Any], ...]] = {
     "finetune": FINETUNE,
@@ -37,6 +51,9 @@ FUNCTIONS: dict[str, tuple[type[Any], ...]] = {
     "serve": SERVE,
     "list_runs": RUNS,
     "compare": COMPARE,
+    "show_adapter": ADAPTER_SHOW,
+    "diff_adapters": ADAPTER_DIFF,
+    "combine_adapters": ADAPTER_COMBINE,
     "load": (ModelOptions, GenerateOptions),
 }
 OWN = {"config": None, "quiet": False}
@@ -298,6 +315,22 @@ def test_a_quantized_folder_is_that_of_the_command_line(tiny_llama: Path, tmp_pa
     assert "model.safetensors" in names
     for name in names:
         assert (tmp_path / "here" / name).read_bytes() == (tmp_path / "there" / name).read_bytes()
+
+
+def test_adapters_are_typed_dictionaries(adapter_folder: Path, tiny_llama: Path, tmp_path: Path, run_: Path) -> None:
+    for adapter, options in ((adapter_folder, {}), (adapter_folder, {"model": tiny_llama}), (run_, {})):
+        assert_typed(api.show_adapter(adapter, quiet=True, **options), adapter_results.ShownAdapter)
+    assert_typed(api.diff_adapters([adapter_folder, run_], quiet=True), adapter_results.AdapterDifference)
+    weights = {adapter_folder: 0.5, run_: 1}
+    done = api.combine_adapters(weights, out=tmp_path / "sum", rank=1, quiet=True)
+    assert_typed(done, adapter_results.CombinedAdapter)
+    assert_typed(api.show_adapter(tmp_path / "sum", quiet=True), adapter_results.ShownAdapter)
+
+
+@pytest.fixture
+def run_(short_run: dict[str, Any]) -> Path:
+    """The folder of a finished run."""
+    return api.finetune(**short_run, quiet=True).out
 
 
 @pytest.fixture

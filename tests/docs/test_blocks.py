@@ -141,7 +141,7 @@ def with_model(code: str, model: Path) -> str:
 def with_default_model(words: Sequence[str], model: Path) -> list[str]:
     """The words of a command with the tiny model in place of SmolLM2, whether it is named or the default."""
     named = [str(model) if word == "smollm2" else word for word in words]
-    if words[0] in ("models", "runs", "compare") or "--model" in words or "--resume" in words:
+    if words[0] in ("models", "runs", "compare", "adapters") or "--model" in words or "--resume" in words:
         return named
     return [named[0], "--model", str(model), *named[1:]]
 

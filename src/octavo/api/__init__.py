@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, cast, overload
 
+from octavo.api.adapter_results import AdapterDifference, CombinedAdapter, ShownAdapter
 from octavo.api.export_results import MergeResult
 from octavo.api.loading import load as load
 from octavo.api.options import with_options
@@ -33,6 +34,9 @@ from octavo.api.run import Run as Run
 from octavo.api.run import watched
 from octavo.config import Config, PromptOptions, RunOptions
 from octavo.config.commands import (
+    ADAPTER_COMBINE,
+    ADAPTER_DIFF,
+    ADAPTER_SHOW,
     COMPARE,
     CONVERT,
     EVALUATE,
@@ -182,6 +186,33 @@ def compare(config: Config, quiet: bool) -> CompareResult:
 
     with _report(quiet) as report:
         return cast(CompareResult, run(config, report))
+
+
+@with_options(ADAPTER_SHOW, positional="adapter")
+def show_adapter(config: Config, quiet: bool) -> ShownAdapter:
+    """Shows an adapter: its base, targets, rank, the norm of the change by layer, and the run that it is of."""
+    from octavo.commands.adapters.show import show as run
+
+    with _report(quiet) as report:
+        return cast(ShownAdapter, run(config, report))
+
+
+@with_options(ADAPTER_DIFF, positional="adapters")
+def diff_adapters(config: Config, quiet: bool) -> AdapterDifference:
+    """Compares two adapters: base, settings, and by layer the cosine and the difference of what they change."""
+    from octavo.commands.adapters.diff import diff as run
+
+    with _report(quiet) as report:
+        return cast(AdapterDifference, run(config, report))
+
+
+@with_options(ADAPTER_COMBINE, positional="adapters")
+def combine_adapters(config: Config, quiet: bool) -> CombinedAdapter:
+    """Writes the weighted sum of `adapters`, as {"runs/a": 0.7, "runs/b": 0.3}, as one adapter in PEFT's format."""
+    from octavo.commands.adapters.combine import combine as run
+
+    with _report(quiet) as report:
+        return cast(CombinedAdapter, run(config, report))
 
 
 @with_options(PUSH, positional="run")

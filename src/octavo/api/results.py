@@ -323,7 +323,10 @@ class RunsResult(TypedDict):
 
 
 class ComparedRun(RunRow):
-    """A compared run. `rows` is its table of scores, `held_out` has pairs of a step and the held-out loss after it."""
+    """A compared run; of RUN@STEP the run up to this step, with the state "checkpoint".
+
+    `rows` is its table of scores, `held_out` has pairs of a step and the held-out loss after it.
+    """
 
     letter: str
     rows: list[NamedScore]

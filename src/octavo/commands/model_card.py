@@ -161,6 +161,7 @@ or `{command}`, with the adapter in a folder."""
 
 
 def is_hub_id(name: str) -> bool:
+    """Whether a name has the form owner/name, and none of a path."""
     return name.count("/") == 1 and not name.startswith((".", "/", "~"))
 
 

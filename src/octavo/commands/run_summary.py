@@ -21,7 +21,7 @@ from octavo.runs.metrics_ends import read_ends
 from octavo.runs.packed_numbers import unpack_counts, unpack_floats
 from octavo.system import is_locked
 
-State = Literal["finished", "running", "stopped", "failed", "unreadable"]
+State = Literal["finished", "running", "stopped", "failed", "unreadable", "checkpoint"]
 SPEED_STEPS = 50  # the last steps, of whose speeds the median is shown
 
 

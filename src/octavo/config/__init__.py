@@ -18,6 +18,13 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from octavo.bounded_json import shortened
+from octavo.config.adapter_options import (
+    AdapterBaseOptions,
+    AdapterCombineOptions,
+    AdapterDiffOptions,
+    AdapterFileOptions,
+    AdapterShowOptions,
+)
 from octavo.config.command_options import (
     ChatOptions,
     CheckOptions,
@@ -55,6 +62,11 @@ from octavo.errors import UsageError
 
 __all__ = [
     "DEMO",
+    "AdapterBaseOptions",
+    "AdapterCombineOptions",
+    "AdapterDiffOptions",
+    "AdapterFileOptions",
+    "AdapterShowOptions",
     "ChatOptions",
     "CheckOptions",
     "CompareOptions",

@@ -186,7 +186,9 @@ class CompareOptions(Section):
 
     panel = "Comparison"
 
-    runs: Paths = Field([], description="Run folder, 2 to 8 of them; the others are compared with the first.")
+    runs: Paths = Field(
+        [], description="Run folder, or RUN@STEP for a run up to a checkpoint, 2 to 8; compared with the first."
+    )
     report: Path | None = Field(None, description="Also write the comparison to this HTML file.")
 
 

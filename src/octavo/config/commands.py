@@ -9,6 +9,11 @@ from typing import Any
 from pydantic import ValidationError
 
 from octavo.config import (
+    AdapterBaseOptions,
+    AdapterCombineOptions,
+    AdapterDiffOptions,
+    AdapterFileOptions,
+    AdapterShowOptions,
     ChatOptions,
     CheckOptions,
     CompareOptions,
@@ -60,6 +65,9 @@ MERGE: Sections = (MergeOptions,)
 RUNS: Sections = (RunsOptions,)
 COMPARE: Sections = (CompareOptions,)
 PUSH: Sections = (PushOptions,)
+ADAPTER_SHOW: Sections = (AdapterShowOptions, AdapterBaseOptions, AdapterFileOptions)
+ADAPTER_DIFF: Sections = (AdapterDiffOptions, AdapterFileOptions)
+ADAPTER_COMBINE: Sections = (AdapterCombineOptions, AdapterBaseOptions, AdapterFileOptions)
 CHECK: Sections = (CheckOptions,)
 DATA: Sections = (ModelOptions, DataOptions, TextOptions)
 

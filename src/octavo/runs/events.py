@@ -361,7 +361,7 @@ def drop_events_after(report: Report, step: int) -> None:
     lasting = [
         number
         for number, record in enumerate(records[:earlier])
-        if record.get("event") not in messages and not _is_recorded_again(record, step)
+        if record.get("event") not in messages and not is_recorded_again(record, step)
     ]
     numbers = count()
 
@@ -369,7 +369,7 @@ def drop_events_after(report: Report, step: int) -> None:
         number = next(numbers)
         if record.get("event") in messages:
             return number >= earlier or number < max(lasting, default=0)
-        return not _is_recorded_again(record, step)
+        return not is_recorded_again(record, step)
 
     kept = report.keep_events(keep)
     recorded = {event.step for record in kept if isinstance(event := of_record(record), Step)}
@@ -379,7 +379,7 @@ def drop_events_after(report: Report, step: int) -> None:
         )
 
 
-def _is_recorded_again(record: Mapping[str, Any], step: int) -> bool:
+def is_recorded_again(record: Mapping[str, Any], step: int) -> bool:
     """Whether a run that resumes after `step` records the line again."""
     if step < 0:
         return record.get("event") not in (Say.kind, Warn.kind)

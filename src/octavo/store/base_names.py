@@ -83,6 +83,11 @@ def _names_of(here: Path, source: Source) -> list[str]:
     return [*names, Path(named).name] if isinstance(named, str) else names
 
 
+def is_same_name(one: str, other: str) -> bool:
+    """Whether two names of bases are alike: they may differ in the folder, the publisher and the storage format."""
+    return _plain(Path(one).name) == _plain(Path(other).name)
+
+
 def _plain(name: str) -> str:
     """A model's name without its storage format: unsloth/Llama-3.2-1B-bnb-4bit becomes llama 3 2 1b."""
     words = re.split(r"[^a-z0-9]+", name.lower())

@@ -147,6 +147,8 @@ def _unmeasured(run: ReadRun, before: ReadRun, after: ReadRun) -> str:
         "it has no held-out text, its losses are not finite, or it was trained before octavo recorded losses by "
         f"document (`octavo finetune --resume --out {run.name}` records them)"
         if state == "finished"
+        else "a checkpoint has only the mean loss of its evaluation (`octavo evaluate --adapter RUN@STEP` measures it)"
+        if state == "checkpoint"
         else f"it is not finished ({state})"
     )
     return f"{_both(before, after)}: {run.letter} has no held-out losses of the tuned model: {reason}."

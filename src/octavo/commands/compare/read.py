@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
@@ -17,6 +17,7 @@ from octavo.html_report.chart import Points, smooth
 from octavo.html_report.comparison import Curve
 from octavo.reporting import read_events
 from octavo.runs import events
+from octavo.runs.adapter import NamedAdapter, adapter_folder
 from octavo.runs.events import Event, HeldOutLosses, ScoreRow
 from octavo.runs.folder import RunFolder
 
@@ -88,7 +89,10 @@ class ReadRun:
 
 
 def read_runs(folders: Sequence[str]) -> list[ReadRun]:
-    """The runs in the order of `folders`. UsageError if they are too few or too many, or one is no run."""
+    """The runs in the order of `folders`; of RUN@STEP the run up to the checkpoint of this step.
+
+    UsageError if they are too few or too many, or one is no run; AdapterError if a run has no such checkpoint.
+    """
     if not LEAST <= len(folders) <= MOST:
         raise UsageError(
             f"octavo compare needs {LEAST} to {MOST} runs, not {len(folders)}.",
@@ -114,8 +118,11 @@ def short_names(paths: Sequence[Path]) -> list[str]:
 
 
 def _read(path: Path, letter: str, name: str) -> ReadRun:
-    run = RunFolder(path)
-    if not path.is_dir():
+    named = NamedAdapter.read(path)
+    run, step = RunFolder(named.folder), named.step
+    if step is not None:
+        adapter_folder(path, say=_no_message, warn=_no_message)  # its errors, as for --adapter
+    if not run.path.is_dir():
         raise UsageError(f"There is no folder {path}.", hint="`octavo runs` lists the run folders.")
     if not run.metrics.is_file():
         raise UsageError(
@@ -124,10 +131,18 @@ def _read(path: Path, letter: str, name: str) -> ReadRun:
     run.check_format()
     settings = read_settings(run.settings) if run.settings.exists() else {}
     records, _ = read_events(run.metrics)
+    if step is not None:
+        records = [record for record in records if not events.is_recorded_again(record, step)]
     found = [event for record in records if (event := events.of_record(record)) is not None]
     times = [time for record in records if isinstance(time := record.get("time"), str)]
     summary = summary_of(run, settings, found, started=times[0] if times else None)
-    return ReadRun(letter, name, summary, settings, found, _training_tokens(run))
+    if step is not None:
+        summary = replace(summary, path=path, state="checkpoint", problem="")
+    return ReadRun(letter, name, summary, settings, found, _training_tokens(run) if step is None else None)
+
+
+def _no_message(_: str) -> None:
+    """A checkpoint that is named by its step is found without a message."""
 
 
 def _training_tokens(run: RunFolder) -> int | None:

@@ -1,0 +1,1 @@
+"""`octavo adapters`: shows an adapter, compares two, and combines several into one."""
