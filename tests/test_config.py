@@ -37,6 +37,7 @@ KINDS: dict[str, tuple[type[Section], ...]] = {
     "serve": cli.SERVE,
     "quantize": cli.QUANTIZE,
     "convert": cli.CONVERT,
+    "merge": cli.MERGE,
     "data": cli.DATA,
     "runs": cli.RUNS,
     "compare": cli.COMPARE,

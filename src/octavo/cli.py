@@ -25,6 +25,7 @@ from octavo.config.commands import DATA as DATA
 from octavo.config.commands import EVALUATE as EVALUATE
 from octavo.config.commands import FINETUNE as FINETUNE
 from octavo.config.commands import GENERATE as GENERATE
+from octavo.config.commands import MERGE as MERGE
 from octavo.config.commands import PLAN as PLAN
 from octavo.config.commands import PUSH as PUSH
 from octavo.config.commands import QUANTIZE as QUANTIZE
@@ -175,6 +176,16 @@ def quantize(config: Config, as_json: bool) -> None:
 def convert(config: Config, as_json: bool) -> None:
     """Split a model fine-tuned from hivemind/gpt-j-6B-8bit into a base model and a PEFT adapter."""
     from octavo.commands.convert import convert as run
+    from octavo.reporting import Report
+
+    with Report(results=not as_json) as report:
+        _print_json(run(config, report), as_json)
+
+
+@command(app, MERGE, usual=("model", "adapter", "out", "type"))
+def merge(config: Config, as_json: bool) -> None:
+    """Merge an adapter into its base and write a model folder, for octavo, transformers, vLLM and MLX."""
+    from octavo.commands.merge import merge as run
     from octavo.reporting import Report
 
     with Report(results=not as_json) as report:

@@ -24,7 +24,7 @@ import octavo as api
 from octavo.api import results
 from octavo.api.options import name_keywords_
 from octavo.config import Config, GenerateOptions, ModelOptions, fields
-from octavo.config.commands import COMPARE, CONVERT, EVALUATE, FINETUNE, GENERATE, PLAN, QUANTIZE, RUNS, SERVE
+from octavo.config.commands import COMPARE, CONVERT, EVALUATE, FINETUNE, GENERATE, MERGE, PLAN, QUANTIZE, RUNS, SERVE
 
 FUNCTIONS: dict[str, tuple[type[Any], ...]] = {
     "finetune": FINETUNE,
@@ -33,6 +33,7 @@ FUNCTIONS: dict[str, tuple[type[Any], ...]] = {
     "plan": PLAN,
     "quantize": QUANTIZE,
     "convert": CONVERT,
+    "merge": MERGE,
     "serve": SERVE,
     "list_runs": RUNS,
     "compare": COMPARE,

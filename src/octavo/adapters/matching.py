@@ -68,14 +68,14 @@ def _unknown(
     )
 
 
-def check_shapes(entries: Mapping[str, WeightEntry], adapter: Adapter) -> None:
+def check_shapes(entries: Mapping[str, WeightEntry], adapter: Adapter, *, vocabulary: int | None = None) -> None:
     """AdapterError that names the LoRA matrices whose shapes are not those of the model's layers.
 
-    The adapter may resize the vocabulary, so its full weights come first.
+    The adapter may resize the vocabulary, so its full weights come first, or `vocabulary` is the size that they give.
     """
     wrong = []
     for name, (a, b, _) in adapter.lora.items():
-        shapes = _lora_shapes(entries[name], len(a))
+        shapes = _lora_shapes(entries[name], len(a), vocabulary)
         for end, matrix, shape in zip(("lora_A", "lora_B"), (a, b), shapes, strict=True):
             if tuple(matrix.shape) != shape:
                 wrong.append(f"{entries[name].module}.{end} is {tuple(matrix.shape)}, not {shape}")
@@ -86,10 +86,11 @@ def check_shapes(entries: Mapping[str, WeightEntry], adapter: Adapter) -> None:
         )
 
 
-def _lora_shapes(entry: WeightEntry, rank: int) -> tuple[tuple[int, int], tuple[int, int]]:
+def _lora_shapes(entry: WeightEntry, rank: int, vocabulary: int | None) -> tuple[tuple[int, int], tuple[int, int]]:
     """The shapes of A and B: (r, K), (N, r) of a linear; (r, V), (d, r) of an embedding."""
     layer = frozen_layer(entry)
     rows, columns = layer.matrix.outputs[entry.rows_key], layer.matrix.in_features
+    rows = vocabulary if vocabulary is not None and entry.is_embedding else rows
     inputs, outputs = (rows, columns) if isinstance(layer, FrozenEmbedding) else (columns, rows)
     return (rank, inputs), (outputs, rank)
 

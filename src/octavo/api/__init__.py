@@ -22,6 +22,7 @@ from octavo.api.results import (
     ConvertResult,
     EvaluateResult,
     GenerateResult,
+    MergeResult,
     PlanResult,
     PushResult,
     QuantizeResult,
@@ -37,6 +38,7 @@ from octavo.config.commands import (
     EVALUATE,
     FINETUNE,
     GENERATE,
+    MERGE,
     PLAN,
     PUSH,
     QUANTIZE,
@@ -152,6 +154,15 @@ def convert(config: Config, quiet: bool) -> ConvertResult:
 
     with _report(quiet) as report:
         return cast(ConvertResult, run(config, report))
+
+
+@with_options(MERGE)
+def merge(config: Config, quiet: bool) -> MergeResult:
+    """Merges an adapter into its base and writes a model folder, for octavo, transformers, vLLM and MLX."""
+    from octavo.commands.merge import merge as run
+
+    with _report(quiet) as report:
+        return cast(MergeResult, run(config, report))
 
 
 # Not `runs`, as the command: `octavo.runs` is the package of run folders, and its import would replace the function.

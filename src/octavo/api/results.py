@@ -286,6 +286,32 @@ class QuantizeResult(TypedDict):
     layers: list[WrittenWeight]
 
 
+class MergedModule(TypedDict):
+    """A module of the base and what the adapter changed: "LoRA", "tokens", "weight", "bias"."""
+
+    name: str
+    merged: list[str]
+
+
+class MergeResult(TypedDict):
+    """A merged model. `base_scheme` is that of the weights that the adapter was merged into, none: unquantized.
+
+    `error` is ||W - W'|| / ||W|| over all weights that were quantized, W the merged ones; None for a floating type.
+    """
+
+    out: str
+    type: str
+    base: str
+    base_scheme: str
+    adapter: str
+    adapter_sha256: str
+    modules: list[MergedModule]
+    bytes: int
+    seconds: float
+    error: float | None
+    layers: list[WrittenWeight]
+
+
 class ConvertResult(TypedDict):
     """A model that was split. `contents` has a row for the frozen weights, LoRA matrices, and norms and biases."""
 

@@ -45,7 +45,7 @@ class About:
 def model_card(about: About) -> str:
     """The text of README.md, with the metadata block that the hub reads."""
     base = public_name(about.base)
-    metadata: dict[str, Any] = {"base_model": base} if _is_hub_id(base) else {}
+    metadata: dict[str, Any] = {"base_model": base} if is_hub_id(base) else {}
     metadata |= {"library_name": "peft", "pipeline_tag": "text-generation", "tags": ["lora", "octavo"]}
     if about.licence:
         metadata["license"] = about.licence
@@ -53,9 +53,9 @@ def model_card(about: About) -> str:
         f"---\n{yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)}---",
         f"# LoRA adapter for {base}",
         f"Made by octavo {__version__}; the adapter of optimizer step {about.step:,}.",
-        *_results(about),
-        *_data(about),
-        _settings(about),
+        *results(about),
+        *data_files(about),
+        settings_table(about),
         _use(about, base),
         "## Limits\n\nThe figures are those of the held-out text alone: they say nothing about other text, about "
         "facts, or about safety. The adapter can repeat parts of its training text word for word. "
@@ -64,7 +64,7 @@ def model_card(about: About) -> str:
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
-def _results(about: About) -> list[str]:
+def results(about: About) -> list[str]:
     """The verdict, and the table of scores with 95 % intervals."""
     evaluation = events.last(about.events, events.Evaluation)
     if evaluation is None or not evaluation.rows:
@@ -109,7 +109,7 @@ def _sentences(about: About) -> list[str]:
     return [each for each in sentences if ": gain " not in each]
 
 
-def _data(about: About) -> list[str]:
+def data_files(about: About) -> list[str]:
     """The files of the data with their SHA-256 and counts."""
     rows = []
     for key, side in (("train", "training"), ("test", "held out")):
@@ -127,7 +127,7 @@ def _data(about: About) -> list[str]:
     return ["## Data", head + "\n".join(rows[:MAX_FILES]), *more]
 
 
-def _settings(about: About) -> str:
+def settings_table(about: About) -> str:
     values = [(name, about.settings.get(name)) for name in SETTINGS]
     values = [(name, PurePath(value).name if name == "init_adapter" and value else value) for name, value in values]
     rows = [
@@ -160,13 +160,13 @@ tokenizer = AutoTokenizer.from_pretrained("{base}")
 or `{command}`, with the adapter in a folder."""
 
 
-def _is_hub_id(name: str) -> bool:
+def is_hub_id(name: str) -> bool:
     return name.count("/") == 1 and not name.startswith((".", "/", "~"))
 
 
 def public_name(name: str) -> str:
     """A hub id as it is; of a path the last name, so that it has no folders of a machine."""
-    return name if _is_hub_id(name) and PurePath(name).suffix != ".gguf" else PurePath(name).name or name
+    return name if is_hub_id(name) and PurePath(name).suffix != ".gguf" else PurePath(name).name or name
 
 
 def _count(value: object) -> str:

@@ -83,7 +83,12 @@ def _check_names(repository: str, revision: str) -> None:
 
 
 def readme_of(run: Path, adapter: Path, *, file_names: bool = True, adapter_name: str = "") -> str:
-    """The model card of an adapter of a run. It has the results if the adapter is the one that the run keeps."""
+    """The model card of an adapter of a run."""
+    return model_card(about(run, adapter, file_names=file_names, adapter_name=adapter_name))
+
+
+def about(run: Path, adapter: Path, *, file_names: bool = True, adapter_name: str = "") -> About:
+    """What the card of an adapter of a run says. It has the results if the adapter is the one that the run keeps."""
     folder = RunFolder(run)
     settings = read_settings(folder.settings)
     origin = read_object(adapter / ORIGIN, error=AdapterError)
@@ -93,18 +98,16 @@ def readme_of(run: Path, adapter: Path, *, file_names: bool = True, adapter_name
     if adapter != folder.adapter:  # of a checkpoint: the table is of another adapter
         recorded = [event for event in recorded if isinstance(event, events.Versions | events.Hardware)]
     model = str(settings.get("model", ""))
-    return model_card(
-        About(
-            settings,
-            hub_id(model),
-            str(base.get("sha256", "")),
-            int(origin.get("step", 0)),
-            licence_of(model),
-            recorded,
-            read_object(folder.ledger, error=AdapterError) if folder.ledger.is_file() else {},
-            file_names,
-            adapter_name or "THIS_FOLDER",
-        )
+    return About(
+        settings,
+        hub_id(model),
+        str(base.get("sha256", "")),
+        int(origin.get("step", 0)),
+        licence_of(model),
+        recorded,
+        read_object(folder.ledger, error=AdapterError) if folder.ledger.is_file() else {},
+        file_names,
+        adapter_name or "THIS_FOLDER",
     )
 
 

@@ -134,6 +134,29 @@ class QuantizeOptions(Section):
     out: Path | None = Field(None, description="New folder to write.")
 
 
+class MergeOptions(Section):
+    """The base and the adapter to merge, and the output folder."""
+
+    panel = "Merge"
+
+    model: str | None = Field(
+        None,
+        description="Base model: a folder, a .gguf file, a hub id, or smollm2; default: the adapter's.",
+    )
+    adapter: Path | None = Field(
+        None, description="Folder of an adapter or of a run, or RUN@STEP for one of its checkpoints."
+    )
+    out: Path | None = Field(None, description="New folder to write.")
+    type: Literal["bfloat16", "float16", "float32", "int8", "nf4", "nf4-double"] = Field(
+        "bfloat16", description="Type of the merged weights; int8, nf4 and nf4-double are for octavo."
+    )
+    revision: str | None = Field(None, description="Branch, tag or commit of a hub model.")
+    allow_pickle: bool = Field(
+        False, description="Read pickled .bin files (weights only) if there is no safetensors file."
+    )
+    force: bool = Field(False, description="Merge an adapter that was trained on other base weights.")
+
+
 class ConvertOptions(Section):
     """The model to split into a base and an adapter, and the output folder."""
 

@@ -20,6 +20,7 @@ from octavo.config import (
     LoraCommon,
     LoraOptions,
     MemoryOptions,
+    MergeOptions,
     ModelOptions,
     PlanOptions,
     ProbeOptions,
@@ -55,6 +56,7 @@ CHAT: Sections = (ModelOptions, GenerateOptions, ChatOptions)
 SERVE: Sections = (ModelOptions, ServeOptions)
 QUANTIZE: Sections = (ModelOptions, QuantizeOptions)
 CONVERT: Sections = (ConvertOptions,)
+MERGE: Sections = (MergeOptions,)
 RUNS: Sections = (RunsOptions,)
 COMPARE: Sections = (CompareOptions,)
 PUSH: Sections = (PushOptions,)

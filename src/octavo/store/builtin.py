@@ -63,6 +63,11 @@ def open_smollm2(report: Report | None = None) -> FolderSource:
     return FolderSource(folder)
 
 
+def is_here() -> bool:
+    """Whether the model can be opened without fetching it."""
+    return _is_whole(cache_folder() / FOLDER) or importlib.util.find_spec(PACKAGE) is not None
+
+
 def _is_whole(folder: Path) -> bool:
     return is_whole(folder)
 

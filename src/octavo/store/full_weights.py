@@ -27,7 +27,7 @@ from octavo.layers.frozen import FrozenEmbedding, FrozenLinear
 from octavo.layers.frozen_matrix import FrozenMatrix
 from octavo.models import Decoder, WeightEntry
 from octavo.ops.quantize import dequantize, scheme_named
-from octavo.ops.scheme import Scheme
+from octavo.ops.scheme import Scheme, Shape
 from octavo.store.peft import Adapter
 from octavo.store.weights import full_rows, row_blocks
 
@@ -56,12 +56,7 @@ def put_weights_(model: Decoder, adapter: Adapter, entries: Mapping[str, WeightE
     embed, head = _embedding_and_head(entries)
     matrices, untied = _changed_matrices(adapter, entries, embed, head)
     embed_rows, head_rows = _rows_after(embed, matrices), _rows_after(head, matrices)
-    if embed_rows != head_rows:
-        raise AdapterError(
-            f"With the adapter the embedding has {embed_rows:,} rows and the head {head_rows:,}.",
-            hint="The vocabulary was resized in training, but only one of the two was saved: save both, with PEFT's "
-            "save_embedding_layers=True or modules_to_save.",
-        )
+    check_vocabulary(embed_rows, head_rows)
     _replace_embedding_and_head_(embed, head, matrices, untied=untied)
     _resize_head_bias_(head, adapter)
     config: Any = model.config  # a frozen dataclass of the family
@@ -91,6 +86,16 @@ def _embedding_and_head(entries: Mapping[str, WeightEntry]) -> tuple[WeightEntry
     return embed, next(entry for entry in entries.values() if entry.is_head)
 
 
+def check_vocabulary(embed_rows: int, head_rows: int) -> None:
+    """AdapterError unless embedding and head have the same number of rows with the adapter."""
+    if embed_rows != head_rows:
+        raise AdapterError(
+            f"With the adapter the embedding has {embed_rows:,} rows and the head {head_rows:,}.",
+            hint="The vocabulary was resized in training, but only one of the two was saved: save both, with PEFT's "
+            "save_embedding_layers=True or modules_to_save.",
+        )
+
+
 def _rows_after(entry: WeightEntry, matrices: Matrices) -> int:
     """The rows of an entry's matrix once the adapter's `matrices` are applied."""
     if entry.name in matrices:
@@ -109,7 +114,7 @@ def _changed_matrices(
         if (name := key.removesuffix(".weight")) != key and entries[name].matrix is not None
     }
     for name, tensor in matrices.items():
-        _check_shape(entries[name], tensor)
+        check_shape(entries[name], tensor)
     for name, (token_ids, trained_rows) in adapter.tokens.items():  # PEFT's trainable_token_indices
         matrices[name] = _with_tokens(entries[name], matrices.get(name), token_ids, trained_rows)
     untied = False
@@ -132,21 +137,28 @@ def _with_tokens(entry: WeightEntry, weight: Tensor | None, token_ids: tuple[int
     """The adapter's `weight` (V, K), or the model's if it is None, with the `trained_rows` (len(token_ids), K)."""
     matrix, key = entry.matrix, entry.rows_key
     assert matrix is not None
-    shape = tuple(weight.shape) if weight is not None else (matrix.outputs[key], matrix.in_features)
+    rows, columns = weight.shape if weight is not None else (matrix.outputs[key], matrix.in_features)
+    shape = (rows, columns)
+    check_tokens(entry, shape, token_ids, trained_rows)
+    if weight is None:
+        weight = dequantize(matrix.scheme, matrix.of(key), shape, dtype=matrix.dtype)  # (V, K)
+    changed = weight.float().clone()  # (V, K)
+    changed[list(token_ids)] = trained_rows.to(changed.device, changed.dtype)
+    return changed
+
+
+def check_tokens(entry: WeightEntry, shape: Shape, token_ids: tuple[int, ...], trained_rows: Tensor) -> None:
+    """AdapterError unless the rows (n, K) of n trained tokens are rows of a matrix of `shape` (V, K)."""
     if tuple(trained_rows.shape) != (len(token_ids), shape[1]) or max(token_ids, default=0) >= shape[0]:
         raise AdapterError(
             f"The adapter's rows for {len(token_ids)} tokens of {entry.name}, the last of which is "
             f"{max(token_ids, default=0):,}, are {tuple(trained_rows.shape)}; this model's matrix is {shape}.",
             hint="Give the model that it was trained on.",
         )
-    if weight is None:
-        weight = dequantize(matrix.scheme, matrix.of(key), (shape[0], shape[1]), dtype=matrix.dtype)  # (V, K)
-    changed = weight.float().clone()  # (V, K)
-    changed[list(token_ids)] = trained_rows.to(changed.device, changed.dtype)
-    return changed
 
 
-def _check_shape(entry: WeightEntry, tensor: Tensor) -> None:
+def check_shape(entry: WeightEntry, tensor: Tensor) -> None:
+    """AdapterError unless a full weight (N, K) has the shape of the model's, or is that of a resized vocabulary."""
     assert entry.matrix is not None
     shape = (entry.matrix.outputs[entry.rows_key], entry.matrix.in_features)
     resized = entry.is_embedding and tensor.ndim == 2 and tensor.shape[1] == shape[1] and len(tensor) > 0

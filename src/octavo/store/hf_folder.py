@@ -6,8 +6,9 @@ rows.
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,12 +36,20 @@ from octavo.store.weights import check_row_order, full_rows, matrix_parts, put_r
 
 @dataclass(frozen=True)
 class WrittenLayer:
-    """One frozen weight as written. `error` is ||W - W'|| / ||W||, and 0 if the weight was not quantized."""
+    """One frozen weight as written. `error` is ||W - W'|| / ||W||, and `norm` ||W||; both 0 if it was not quantized."""
 
     name: str
     shape: tuple[int, int]
     stored_bytes: int
     error: float
+    norm: float = 0.0
+
+
+def error_of_all(layers: Iterable[WrittenLayer]) -> float:
+    """||W - W'|| / ||W|| over the values of all layers that were quantized."""
+    quantized = [layer for layer in layers if layer.norm]
+    norm = math.hypot(*(layer.norm for layer in quantized))
+    return math.hypot(*(layer.error * layer.norm for layer in quantized)) / norm if norm else 0.0
 
 
 def write_folder(
@@ -50,14 +59,17 @@ def write_folder(
     *,
     on_layer: Callable[[WrittenLayer], None] | None = None,
     replace: bool = False,
+    readme: str = "",
 ) -> int:
     """Writes `source` into the folder `out` under `scheme`, and returns the bytes of its tensors.
 
-    `on_layer` is called for each frozen weight. UsageError if `out` is not empty and `replace` is not set.
+    `on_layer` is called for each frozen weight, `readme` becomes README.md. UsageError if `out` is not empty and
+    `replace` is not set.
     """
     if not replace:
         check_free(out)  # before the source is read
-    with folder_sink(out, header_of(source, scheme), replace=replace) as sink:
+    header = dataclasses.replace(header_of(source, scheme), readme=readme)
+    with folder_sink(out, header, replace=replace) as sink:
         return write_tensors(source, scheme, sink, on_layer=on_layer)
 
 
@@ -89,20 +101,20 @@ def write_tensors(
             total += sink.put(module, {item.kind: source.tensor(name)})
             continue
         shape, old, new = item.shape, stored_scheme_at(source, item.entry), scheme_at(item.entry, scheme)
-        parts, error = matrix_parts(source, name, item.entry, old), 0.0
+        parts, error, norm = matrix_parts(source, name, item.entry, old), 0.0, 0.0
         if old is not new:
-            parts, error = _requantized(parts, shape, old, new)
+            parts, error, norm = _requantized(parts, shape, old, new)
         if is_transposed(item.entry, new):
             parts = {**parts, "weight": parts["weight"].t()}
         size = sink.put(module, parts)
         total += size
         if on_layer:
-            on_layer(WrittenLayer(name, shape, size, error))
+            on_layer(WrittenLayer(name, shape, size, error, norm))
     return total
 
 
-def _requantized(parts: Parts, shape: Shape, stored: Scheme, scheme: Scheme) -> tuple[Parts, float]:
-    """(parts under `scheme` of a matrix that is stored under `stored`, relative error ||W - W'|| / ||W||)."""
+def _requantized(parts: Parts, shape: Shape, stored: Scheme, scheme: Scheme) -> tuple[Parts, float, float]:
+    """(parts under `scheme` of a matrix W stored under `stored`, relative error ||W - W'|| / ||W||, ||W||)."""
     in_two_passes = scheme.first_pass is not scheme
     if in_two_passes:
         target = requantized(parts, shape, stored, scheme, torch.device("cpu"))
@@ -120,7 +132,7 @@ def _requantized(parts: Parts, shape: Shape, stored: Scheme, scheme: Scheme) -> 
             restored = dequantize(scheme, block, (rows.stop - rows.start, shape[1]))  # (rows, K)
         error += float(torch.linalg.vector_norm(weight - restored)) ** 2
         norm += float(torch.linalg.vector_norm(weight)) ** 2
-    return target, math.sqrt(error / norm) if norm else 0.0
+    return target, math.sqrt(error / norm) if norm else 0.0, math.sqrt(norm)
 
 
 def _config(source: Source, scheme: Scheme) -> dict[str, Any]:

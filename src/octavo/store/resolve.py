@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from octavo.bounded_json import shortened
-from octavo.errors import ModelError, UsageError
+from octavo.errors import ModelError, OctavoError, UsageError
 from octavo.reporting import Report
 from octavo.store.adapter_file import newest_checkpoint
+from octavo.store.base_names import SMOLLM2
 from octavo.store.bitsandbytes import Nf4Source, with_scheme
-from octavo.store.builtin import open_smollm2
+from octavo.store.builtin import is_here, open_smollm2
 from octavo.store.foreign import check_config, is_nf4, refuse_pointer
 from octavo.store.gguf import open_gguf
 from octavo.store.manifest import verify
@@ -70,6 +71,38 @@ def open_source(
     patterns = [*HUB_PATTERNS, *(["*.bin"] if allow_pickle else [])]
     folder = _fetched(model, lambda hub: hub.snapshot_download(model, revision=revision, allow_patterns=patterns))
     return _open_folder(folder, allow_pickle=allow_pickle, weights=weights, report=report)
+
+
+def open_if_here(model: str, *, allow_pickle: bool = False, report: Report | None = None) -> Source | None:
+    """The source that `model` names if it is on this machine and can be read, else None. Nothing is downloaded."""
+    path = Path(model).expanduser() if model.startswith("~/") else Path(model)
+    try:
+        if path.exists():
+            source = open_source(model, allow_pickle=allow_pickle, report=report)
+        elif model in ("smollm2", SMOLLM2) and is_here():
+            source = open_smollm2(report)
+        elif (folder := _in_hub_cache(model)) is not None:
+            source = _open_folder(folder, allow_pickle=allow_pickle, weights=True, report=report)
+        else:
+            return None
+        source.names()  # a folder of the cache may have no weights
+    except (OctavoError, OSError):
+        return None
+    return source
+
+
+def _in_hub_cache(model: str) -> Path | None:
+    """The folder of a hub id in huggingface_hub's cache; None if it is not there."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    if model.count("/") != 1:
+        return None
+    try:
+        config = try_to_load_from_cache(model, CONFIG)
+    except HFValidationError:
+        return None
+    return Path(config).parent if isinstance(config, str) else None
 
 
 def _open_folder(folder: Path, *, allow_pickle: bool, weights: bool, report: Report | None) -> Source:

@@ -35,7 +35,7 @@ class Header:
 
     `config` is the content of config.json, and `generation_config` that of generation_config.json, {} for none.
     `scheme` is the name of the scheme of the frozen weights, `origin` the identity of the weights that the model is
-    made from (`sources.fingerprint`).
+    made from (`sources.fingerprint`). `readme` is the model card, "" for none.
     """
 
     config: Mapping[str, Any]
@@ -43,6 +43,7 @@ class Header:
     tokenizer: PreTrainedTokenizerFast
     scheme: str
     origin: str
+    readme: str = ""
 
 
 class Sink(Protocol):
@@ -74,6 +75,8 @@ def folder_sink(out: Path, header: Header, *, replace: bool = False) -> Iterator
         _write_json(temporary / "config.json", header.config)
         if header.generation_config:
             _write_json(temporary / "generation_config.json", header.generation_config)
+        if header.readme:
+            (temporary / "README.md").write_text(header.readme, encoding="utf-8", errors="replace")
         _write_manifest(temporary, header)
 
 

@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -73,6 +73,15 @@ class Source(Protocol):
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """The tokenizer that belongs to the weights."""
+        ...
+
+
+@runtime_checkable
+class DerivedSource(Protocol):
+    """A source of other weights than those in its files, which has an identity of its own."""
+
+    def fingerprint(self) -> str:
+        """The identity of the weights, as of `fingerprint`."""
         ...
 
 
@@ -266,6 +275,8 @@ def fingerprint(source: Source) -> str:
     A folder that octavo wrote has the identity of its origin, which is in its manifest.json, so that an adapter belongs
     to both. ModelError if a file of such a folder is not as it was written. Files of other folders are read completely.
     """
+    if isinstance(source, DerivedSource):
+        return source.fingerprint()
     folder = source.files[0].parent
     manifest = read_manifest(folder)
     if manifest is not None and all(path.name in manifest.files for path in source.files):
