@@ -16,6 +16,7 @@ from octavo.config import (
     ConvertOptions,
     DataOptions,
     EvaluateOptions,
+    ExportOptions,
     GenerateOptions,
     LoraCommon,
     LoraOptions,
@@ -57,6 +58,7 @@ SERVE: Sections = (ModelOptions, ServeOptions)
 QUANTIZE: Sections = (ModelOptions, QuantizeOptions)
 CONVERT: Sections = (ConvertOptions,)
 MERGE: Sections = (MergeOptions,)
+EXPORT: Sections = (ExportOptions,)
 RUNS: Sections = (RunsOptions,)
 COMPARE: Sections = (CompareOptions,)
 PUSH: Sections = (PushOptions,)

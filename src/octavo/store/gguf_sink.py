@@ -14,7 +14,6 @@ from typing import Any
 
 import gguf
 import numpy as np
-import numpy.typing as npt
 from gguf.quants import quant_shape_to_byte_shape, quantize
 from torch import Tensor
 
@@ -54,8 +53,11 @@ def gguf_sink(out: Path, header: Header, shapes: Shapes, kind: str, *, name: str
     entries = entries_of(header, kind, name)
     with new_file(out) as temporary:
         sink = _GgufSink(temporary, header.config, architecture, entries, shapes, kind)
-        yield sink
-        sink.close()
+        try:
+            yield sink
+            sink.check_complete()
+        finally:
+            sink.writer.close()
 
 
 def entries_of(header: Header, kind: str, name: str) -> dict[str, Any]:
@@ -109,9 +111,8 @@ class _GgufSink:
         self.writer.write_tensor_data(data)
         return data.nbytes
 
-    def close(self) -> None:
+    def check_complete(self) -> None:
         assert next(self.expected, None) is None, "a tensor is missing"
-        self.writer.close()
 
     def _declare(self, name: str, shape: tuple[int, ...], kind: gguf.GGMLQuantizationType) -> None:
         stored, dtype = tuple(shape), _DTYPES.get(kind, np.uint8)
@@ -147,5 +148,3 @@ def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
     else:
         writer.add_array(key, value)
 
-
-Array = npt.NDArray[Any]

@@ -26,7 +26,8 @@ PROBE = (
     "Hello, World! It's 12:34 on 2024-05-06; they'LL pay $1234567.89 (or 1 000 000)... WE'RE don't I'M\n\n\n  indented"
     "\n\tcode = x1[2] += 0x3F; // a==b && c!=d\r\n   trailing   \n \n\u00fcber stra\u00dfe \u00c5ngstr\u00f6m "
     "nai\u0308ve cafe\u0301 \u4f60\u597d\u4e16\u754c \u3053\u3093\u306b\u3061\u306f \u0645\u0631\u062d\u0628\u0627 "
-    "\U0001f600\U0001f44d\U0001f3fd \u2014 \u201cquotes\u201d \u2026 x\u00b2 \u00bd\u2028\u00a0end' 's'S 'Ll !!!???\t\t1a2b 123abc456 _under_score "
+    "\U0001f600\U0001f44d\U0001f3fd \u2014 \u201cquotes\u201d \u2026 x\u00b2 \u00bd\u2028\u00a0end' 's'S 'Ll "
+    "!!!???\t\t1a2b 123abc456 _under_score "
     "CamelCaseWords http://a.b/c?d=e#f @user #tag \x07 a\u200bb"
 )  # fmt: skip
 
