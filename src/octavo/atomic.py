@@ -6,6 +6,7 @@ replaced folder is called `.old-NAME-PID` between two renames. `sweep` removes l
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 import shutil
@@ -76,6 +77,28 @@ def new_folder(target: Path, *, replace: bool = False, check: Callable[[Path], N
                 fsync_folder(target.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def new_file(target: Path) -> Iterator[Path]:
+    """Yields the path of a temporary file for the caller to write; then forces it to disk and renames it to `target`.
+
+    If anything fails, `target` is unchanged and the temporary file is removed, as are those of processes that died.
+    """
+    target = _resolve_link(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in target.parent.glob(f".{glob.escape(target.name)}.*"):
+        if leftover.suffix[1:].isdecimal() and not is_alive(int(leftover.suffix[1:])):
+            leftover.unlink(missing_ok=True)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    with named(target, instead_of=temporary):
+        try:
+            yield temporary
+            fsync_file(temporary)
+            rename_over(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)
+        fsync_folder(target.parent)
 
 
 def remove_folder(folder: Path) -> None:

@@ -26,6 +26,7 @@ from octavo.config.commands import COMPARE as COMPARE
 from octavo.config.commands import CONVERT as CONVERT
 from octavo.config.commands import DATA as DATA
 from octavo.config.commands import EVALUATE as EVALUATE
+from octavo.config.commands import EXPORT as EXPORT
 from octavo.config.commands import FINETUNE as FINETUNE
 from octavo.config.commands import GENERATE as GENERATE
 from octavo.config.commands import MERGE as MERGE
@@ -181,6 +182,16 @@ def convert(config: Config, as_json: bool) -> None:
 def merge(config: Config, as_json: bool) -> None:
     """Merge an adapter into its base and write a model folder, for octavo, transformers, vLLM and MLX."""
     from octavo.commands.merge import merge as run
+    from octavo.reporting import Report
+
+    with Report(results=not as_json) as report:
+        _print_json(run(config, report), as_json)
+
+
+@command(app, EXPORT, usual=("model", "adapter", "out", "to", "type"))
+def export(config: Config, as_json: bool) -> None:
+    """Write a model or an adapter as a GGUF file, for llama.cpp, Ollama and LM Studio."""
+    from octavo.commands.export import export as run
     from octavo.reporting import Report
 
     with Report(results=not as_json) as report:

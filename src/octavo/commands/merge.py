@@ -43,7 +43,7 @@ def merge(config: Config, report: Report) -> dict[str, Any]:
     find = partial(named_adapter.adapter_folder, say=report.say, warn=report.warn)
     folder, adapter = named_adapter.read_adapter(options.adapter, find=find, allow_pickle=options.allow_pickle)
     name, source = base_of(options, adapter, report)
-    _check_base(adapter, folder, source, report, force=options.force)
+    check_base(adapter, folder, source, report, force=options.force)
     tokenizer = tokenizer_with(adapter, folder, source, report)
     dtype = FLOATING.get(options.type, torch.float32)
     model = merged(source, adapter, dtype=dtype, tokenizer=tokenizer)
@@ -120,7 +120,7 @@ def _base_names(adapter: Adapter) -> list[str]:
     return [name for name in dict.fromkeys((trained, adapter.base)) if isinstance(name, str) and name]
 
 
-def _check_base(adapter: Adapter, folder: Path, source: Source, report: Report, *, force: bool) -> None:
+def check_base(adapter: Adapter, folder: Path, source: Source, report: Report, *, force: bool) -> None:
     """AdapterError if the adapter was trained on other weights, unless `force`; a warning if only names differ."""
     if not (warning := base_warning(adapter, folder, source)):
         return

@@ -157,6 +157,31 @@ class MergeOptions(Section):
     force: bool = Field(False, description="Merge an adapter that was trained on other base weights.")
 
 
+class ExportOptions(Section):
+    """The model to write for other programs, and how."""
+
+    panel = "Export"
+
+    model: str | None = Field(
+        None, description="Model: a folder, a .gguf file, a hub id, or smollm2; default: the adapter's base."
+    )
+    adapter: Path | None = Field(
+        None, description="Folder of an adapter or of a run to merge, or RUN@STEP for one of its checkpoints."
+    )
+    out: Path | None = Field(None, description="New file to write.")
+    to: Literal["gguf", "gguf-lora"] = Field(
+        "gguf", description="gguf: the model, with the adapter merged; gguf-lora: the adapter alone."
+    )
+    type: Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"] = Field(
+        "q8_0", description="Type of the matrices; with gguf-lora f32 for f32, else f16."
+    )
+    revision: str | None = Field(None, description="Branch, tag or commit of a hub model.")
+    allow_pickle: bool = Field(
+        False, description="Read pickled .bin files (weights only) if there is no safetensors file."
+    )
+    force: bool = Field(False, description="Export an adapter with other base weights than those of its training.")
+
+
 class ConvertOptions(Section):
     """The model to split into a base and an adapter, and the output folder."""
 

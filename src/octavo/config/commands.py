@@ -21,6 +21,7 @@ from octavo.config import (
     ConvertOptions,
     DataOptions,
     EvaluateOptions,
+    ExportOptions,
     GenerateOptions,
     LoraCommon,
     LoraOptions,
@@ -62,6 +63,7 @@ SERVE: Sections = (ModelOptions, ServeOptions)
 QUANTIZE: Sections = (ModelOptions, QuantizeOptions)
 CONVERT: Sections = (ConvertOptions,)
 MERGE: Sections = (MergeOptions,)
+EXPORT: Sections = (ExportOptions,)
 RUNS: Sections = (RunsOptions,)
 COMPARE: Sections = (CompareOptions,)
 PUSH: Sections = (PushOptions,)

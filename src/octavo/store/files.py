@@ -13,6 +13,7 @@ from typing import IO, Any
 from octavo.atomic import atomic_write as atomic_write
 from octavo.atomic import durable_write as durable_write
 from octavo.atomic import named
+from octavo.atomic import new_file as new_file
 from octavo.atomic import new_folder as new_folder
 from octavo.bounded_json import shown
 from octavo.errors import CheckpointError, OctavoError

@@ -71,6 +71,10 @@ ARCHITECTURES = {
 }
 
 
+# model_type of config.json -> that of an architecture with the same tensors and computations.
+SAME = {"mistral": "llama"}
+
+
 def architecture_of(header: Header) -> tuple[str, Architecture]:
     """(GGUF name, architecture) of a file; ModelError for one that is not in ARCHITECTURES."""
     name = str(header.metadata.get("general.architecture"))
@@ -90,12 +94,32 @@ def gguf_name(name: str, architecture: Architecture) -> str:
     return f"blk.{block[1]}.{architecture.block[block[2]]}.{suffix}" if block else f"{TOP[module]}.{suffix}"
 
 
+def to_gguf(name: str, values: Tensor, architecture: Architecture, config: Mapping[str, Any]) -> Tensor:
+    """The values in the GGUF file of the Hugging Face tensor `name`: the inverse of `to_hugging_face`."""
+    if architecture.norm_shift and name.endswith("norm.weight"):
+        return values.float() + architecture.norm_shift
+    order = _order(name, architecture, config)
+    return values if order is None else order.to_checkpoint(values)
+
+
+def architecture_named(model_type: str) -> tuple[str, Architecture] | None:
+    """(GGUF name, architecture) of a model_type of config.json; None for one that is not in ARCHITECTURES."""
+    model_type = SAME.get(model_type, model_type)
+    return next((pair for pair in ARCHITECTURES.items() if pair[1].model_type == model_type), None)
+
+
 def to_hugging_face(name: str, values: Tensor, architecture: Architecture, config: Mapping[str, Any]) -> Tensor:
     """The Hugging Face tensor `name` from its values in the GGUF file."""
     if architecture.norm_shift and name.endswith("norm.weight"):
         values = values - architecture.norm_shift
+    order = _order(name, architecture, config)
+    return values if order is None else order.from_checkpoint(values)
+
+
+def _order(name: str, architecture: Architecture, config: Mapping[str, Any]) -> RowOrder | None:
+    """The order of the rows of q and k in the file; None where it is that of Hugging Face."""
     heads = {".q_proj.": "num_attention_heads", ".k_proj.": "num_key_value_heads"}
     for part, key in heads.items():
         if architecture.permuted and part in name:
-            return RowOrder((config[key], config["head_dim"] // 2, 2), (0, 2, 1)).from_checkpoint(values)
-    return values
+            return RowOrder((config[key], config["head_dim"] // 2, 2), (0, 2, 1))
+    return None
