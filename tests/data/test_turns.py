@@ -148,3 +148,9 @@ def test_harmless_fields_of_a_text_part_are_ignored() -> None:
 
 def test_a_turn_with_loss_false_is_input_only() -> None:
     assert not read({"role": "assistant", "content": "a", "loss": False})[0].trained
+
+
+@pytest.mark.parametrize(("role", "meant"), [("usr", "user"), ("Assistent", "assistant"), ("sytem", "system")])
+def test_a_role_with_a_typing_error_is_an_error(role: str, meant: str) -> None:
+    with pytest.raises(DataError, match=rf"f:3.*is '{role}'\. Did you mean {meant}\?"):
+        read({"role": role, "content": "q"})

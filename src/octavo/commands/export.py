@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from time import monotonic
@@ -108,7 +109,7 @@ def _write(source: Source, out: Path, kind: str, report: Report) -> int:
     return size
 
 
-def shapes_of(config: dict[str, Any]) -> Shapes:
+def shapes_of(config: Mapping[str, Any]) -> Shapes:
     """The shapes of all tensors of a model by Hugging Face name, in the order in which they are written."""
     found: dict[str, tuple[int, ...]] = {}
     for name, item in items_of(build(config)):

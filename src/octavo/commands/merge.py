@@ -14,7 +14,7 @@ from octavo.adapters.merging import merged
 from octavo.bounded_json import shown
 from octavo.commands.loading import tokenizer_with
 from octavo.commands.merged_readme import MergedModel, merged_readme
-from octavo.config import Config, MergeOptions
+from octavo.config import Config, ExportOptions, MergeOptions
 from octavo.errors import AdapterError, ModelError, UsageError
 from octavo.ops.quantize import scheme_named
 from octavo.reporting import Report
@@ -71,7 +71,7 @@ def merge(config: Config, report: Report) -> dict[str, Any]:
     }
 
 
-def base_of(options: MergeOptions, adapter: Adapter, report: Report) -> tuple[str, Source]:
+def base_of(options: MergeOptions | ExportOptions, adapter: Adapter, report: Report) -> tuple[str, Source]:
     """(name, source) of the base to merge into: --model, or the one that the adapter names if it is on this machine.
 
     In place of a quantized --model it is the same model unquantized, if the adapter names that one and it is here.
@@ -104,7 +104,7 @@ def base_of(options: MergeOptions, adapter: Adapter, report: Report) -> tuple[st
 
 
 def _bases_here(
-    adapter: Adapter, identity: str | None, options: MergeOptions, report: Report
+    adapter: Adapter, identity: str | None, options: MergeOptions | ExportOptions, report: Report
 ) -> Iterator[tuple[str, Source]]:
     """(name, source) of the models on this machine that the adapter names, with the weights `identity` if not None."""
     for name in _base_names(adapter):

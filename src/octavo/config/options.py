@@ -72,7 +72,7 @@ class TrainingData(Section):
         0.05,
         ge=0,
         lt=1,
-        description="Without --test-data: fraction of the documents to hold out; of fewer than 10 texts, of their tokens.",
+        description="Without --test-data: fraction of the documents held out; of fewer than 10 texts, of their tokens.",
     )
 
 

@@ -11,8 +11,10 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any
 
+from octavo.bounded_json import shown
 from octavo.data.fields import Record, is_blank, kind
 
 ROLES = {
@@ -113,7 +115,10 @@ def _message(record: Record, at: str, turn: Mapping[str, Any], unused: Counter[s
     if role_key not in turn:
         raise record.error(f"`{at}` has no `{role_key}`.")
     role = record.filled(turn.get(role_key), f"{at}.{role_key}")
-    role = ROLES.get(role.strip().lower().replace("-", "_").replace(" ", "_"), role)
+    plain = role.strip().lower().replace("-", "_").replace(" ", "_")
+    if plain not in ROLES and (near := get_close_matches(plain, ROLES, n=1, cutoff=0.8)):  # other names are kept
+        raise record.error(f"`{at}.{role_key}` is {shown(role)}. Did you mean {near[0]}?")
+    role = ROLES.get(plain, role)
     calls = _calls(record, at, turn)
     value = turn.get(content_key)
     if role == "function_call":

@@ -37,6 +37,7 @@ from octavo.runs.loss_unit import NATS, LossUnit, unit_of
 from octavo.runs.probe_sentences import probe_sentences
 
 MAX_FILES = 5  # that the verdict names
+LEAST_PASSES = 0.25  # between two evaluations, from which on a fall is told as one of a whole pass
 Change = Literal["better", "worse", "unclear", "not measured"]
 Trend = Literal["falling", "flat", "overfits", "rising", "not measured"]
 
@@ -91,8 +92,8 @@ def verdict_of(events: Sequence[Event]) -> Verdict:
         sentences += [_file_sentence(one, one.source.removeprefix(folder), unit) for one in files]
     if cost is None and evaluation.step is not None and before.scheme != "none":
         sentences.append(
-            f"What {before.scheme} costs against full precision was not measured: octavo evaluate --compare "
-            f"none,{before.scheme} measures it."
+            f"What {before.scheme} costs against full precision was not measured: octavo evaluate YOUR_TEXTS "
+            f"--compare none,{before.scheme} measures it."
         )
     return Verdict(change, gain, plus_minus, trend, percent, best, files, tuple(sentences))
 
@@ -153,6 +154,8 @@ def _trend(curve: Sequence[HeldOut], uncertainty: float, unit: LossUnit) -> tupl
     fall = _middle(newest.fall)
     passes = (newest.passes or 0.0) - (newest.passes_before or 0.0)
     if newest.fall.low > 0 and passes > 0 and fall / passes > uncertainty:
+        if passes < LEAST_PASSES:
+            return "falling", None, None, "The held-out loss still fell at the end: a longer run may be better."
         percent, epochs = 100 * fall / passes / (newest.loss + fall), math.ceil(2 * (newest.passes or 0.0))
         return (
             "falling",

@@ -87,7 +87,8 @@ def rope_divisors(config: Mapping[str, Any]) -> npt.NDArray[np.float32] | None:
         np.array(rotary_of(ConfigFields({"rope_parameters": some}), head_size).frequencies)
         for some in (plain, parameters)
     )
-    return (base / scaled).astype(np.float32)
+    divisors: npt.NDArray[np.float32] = (base / scaled).astype(np.float32)
+    return divisors
 
 
 def _rope_parameters(config: Mapping[str, Any], layers: str = FULL) -> dict[str, Any]:

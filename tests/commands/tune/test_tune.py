@@ -270,3 +270,18 @@ def test_a_few_documents_are_halved_by_rows() -> None:
     rows = [row([0]) for _ in range(5)]
     both = halves(rows)
     assert (both.choosing, both.verdict) == (rows[:3], rows[3:])
+
+
+def test_whole_runs_of_the_first_round_are_not_repeated(
+    octavo: Octavo, arguments: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        search, "steps_of_first_rounds", lambda seconds, trials, finals, costs, *, most: most if finals else most - 1
+    )
+    done = octavo(*arguments)
+    assert done.code == 0, done.err
+    steps = [[trial["steps"] for trial in cell["trials"]] for cell in done.json["cells"]]
+    # Three learning rates at a rank, the default settings, then the best rate at the other rank: each once.
+    assert steps == [[6]] * 5
+    assert (done.json["complete"], done.json["measured_on"]) == (True, "verdict")
+    assert "less than 25%" not in done.err

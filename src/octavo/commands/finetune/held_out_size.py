@@ -29,14 +29,15 @@ def warn_if_small(config: Config, rows: Sequence[Row], report: Report) -> None:
     units = documents if documents >= MIN_UNITS else n_rows  # as `units_of` chooses them
     if not rows or units >= FEW_UNITS:
         return
-    size = f"{documents:,} document{'s' * (documents != 1)} in {n_rows:,} row{'s' * (n_rows != 1)}"
+    name = "passage" if rows[0].passages else "document"
+    size = f"{documents:,} {name}{'s' * (documents != 1)} in {n_rows:,} row{'s' * (n_rows != 1)}"
     if units < MIN_UNITS:
         what = (
-            f"too little for an interval, which needs {MIN_UNITS} documents or rows: the run cannot show whether the "
+            f"too little for an interval, which needs {MIN_UNITS} {name}s or rows: the run cannot show whether the "
             "model gets better"
         )
     else:
-        what = f"little: the interval will be wide, and hides a small gain. {FEW_UNITS} documents or more are better"
+        what = f"little: the interval will be wide, and hides a small gain. {FEW_UNITS} {name}s or more are better"
     report.warn(f"The held-out text has {size}. That is {what}. {_remedy(config, n_rows)}")
 
 

@@ -91,6 +91,8 @@ def outcome_of(record: Record, choosing: Units, verdict: Units, *, default: Cell
     """
     for one in reversed(record.rounds):
         equal = [trial for trial in record.trials if trial.round <= one.number and trial.steps == one.steps]
+        if one.last and any(trial.verdict is not None for trial in equal):  # on text that chose nothing
+            equal = [trial for trial in equal if trial.verdict is not None]
         tried = {trial.cell: trial for trial in equal if loss_of(trial, choosing)}
         if (default in tried and len(tried) > 1) or (one.number == 1 and tried):
             break
@@ -112,7 +114,8 @@ def outcome_of(record: Record, choosing: Units, verdict: Units, *, default: Cell
         return compared(name, with_nats(units, other), with_nats(units, nats(tried[choice])))
 
     assert record.base is not None
-    complete = one.last and len(record.of_round(one.number)) == len(one.cells)
+    is_last = one.last or one.steps >= record.identity.get("steps", math.inf)
+    complete = is_last and len(record.of_round(one.number)) == len(one.cells)
     return Outcome(
         choice, default, one.steps, record.identity.get("steps", one.steps), "verdict" if judged else "choosing",
         against("the base", record.base[1 if judged else 0]),

@@ -243,7 +243,7 @@ def _first_round(search: Search, cells: Sequence[Cell]) -> Round:
     with_ranks = ranks and steps_of_first_rounds(left, len(first) + ranks, FINALS + 1, costs, most=most)
     if with_ranks and with_ranks >= RANKS_SHARE * most:
         return Round(1, with_ranks, tuple(first), last=False)
-    if ranks:
+    if ranks and steps < most:
         search.report.say(
             f"Learning rates at rank {first[-1].rank} alone: with this time trials of other ranks would have less than "
             f"{RANKS_SHARE:.0%} of a whole run's steps."
@@ -262,6 +262,9 @@ def _next_round(search: Search, cells: Sequence[Cell], choosing: Units) -> Round
         costs = Costs(step, costs.evaluation, costs.verdict)
     losses = {one.cell: loss for one in record.trials if (loss := loss_of(one, choosing)) is not None}
     ranks = other_ranks(cells, losses)
+    if newest.steps >= search.most:  # whole runs, measured on both halves: none is repeated
+        ranks = ranks[: max(0, math.floor(search.clock.left / costs.trial(search.most, last=True)))]
+        return Round(2, search.most, tuple(ranks), last=True) if ranks else None
     if newest.number == 1 and ranks and newest.steps >= RANKS_SHARE * search.most:
         needed = len(ranks) * costs.trial(newest.steps) + (FINALS + 1) * costs.trial(newest.steps, last=True)
         if needed <= search.clock.left:
@@ -286,7 +289,8 @@ def _tried(search: Search, one: Round, cell: Cell, title: str, choosing: Units) 
         search.report.say(f"{title}: diverged.")
         return ShortRun(cell, one.number, one.steps, elapsed, None)
     chosen = losses(run, search.parts.choosing, clock)
-    verdict = losses(run, search.parts.verdict, clock) if one.last else None
+    # A whole run is not repeated in the last round.
+    verdict = losses(run, search.parts.verdict, clock) if one.last or one.steps >= search.most else None
     trial = ShortRun(
         cell, one.number, one.steps, elapsed, tuple(chosen.nats.tolist()),
         tuple(verdict.nats.tolist()) if verdict else None,
