@@ -165,12 +165,11 @@ def test_help_shows_usual_options_then_panels_with_defaults_and_choices(
 def test_every_option_has_a_help_text_with_its_brackets(
     octavo: Octavo, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
-    from octavo import cli
-    from octavo.config import DEMO, fields
+    from octavo.config import DEMO, commands, fields
 
     monkeypatch.setenv("COLUMNS", "1000")
     help_text = octavo(command, "--help").out
-    kinds = cli.FINETUNE if command == "demo" else getattr(cli, command.upper())
+    kinds = commands.FINETUNE if command == "demo" else getattr(commands, command.upper())
     for name, field in fields(kinds):
         assert f"--{name.replace('_', '-')} " in help_text
         assert str(field.description) in help_text

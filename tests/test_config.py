@@ -9,7 +9,6 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from octavo import cli
 from octavo.config import (
     DEMO,
     Config,
@@ -23,27 +22,29 @@ from octavo.config import (
     TextOptions,
     TrainingData,
     TrainOptions,
+    commands,
     fields,
     size_in_bytes,
 )
 from octavo.errors import UsageError
 
 KINDS: dict[str, tuple[type[Section], ...]] = {
-    "finetune": cli.FINETUNE,
-    "plan": cli.PLAN,
-    "evaluate": cli.EVALUATE,
-    "generate": cli.GENERATE,
-    "chat": cli.CHAT,
-    "serve": cli.SERVE,
-    "quantize": cli.QUANTIZE,
-    "convert": cli.CONVERT,
-    "merge": cli.MERGE,
-    "data": cli.DATA,
-    "runs": cli.RUNS,
-    "compare": cli.COMPARE,
-    "adapters show": cli.ADAPTER_SHOW,
-    "adapters diff": cli.ADAPTER_DIFF,
-    "adapters combine": cli.ADAPTER_COMBINE,
+    "finetune": commands.FINETUNE,
+    "plan": commands.PLAN,
+    "evaluate": commands.EVALUATE,
+    "generate": commands.GENERATE,
+    "chat": commands.CHAT,
+    "serve": commands.SERVE,
+    "quantize": commands.QUANTIZE,
+    "convert": commands.CONVERT,
+    "merge": commands.MERGE,
+    "export": commands.EXPORT,
+    "data": commands.DATA,
+    "runs": commands.RUNS,
+    "compare": commands.COMPARE,
+    "adapters show": commands.ADAPTER_SHOW,
+    "adapters diff": commands.ADAPTER_DIFF,
+    "adapters combine": commands.ADAPTER_COMBINE,
 }
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 
@@ -56,21 +57,21 @@ def written(folder: Path, content: str) -> Path:
 
 def refusal(file: Path) -> str:
     with pytest.raises(UsageError) as caught:
-        Config.read(cli.FINETUNE, {}, file)
+        Config.read(commands.FINETUNE, {}, file)
     return str(caught.value)
 
 
 def test_a_flag_overrides_the_file_and_the_file_overrides_the_default(tmp_path: Path) -> None:
     file = written(tmp_path, "rank: 4\nalpha: 8\n")
-    lora = Config.read(cli.FINETUNE, {"rank": 2}, file)[LoraOptions]
+    lora = Config.read(commands.FINETUNE, {"rank": 2}, file)[LoraOptions]
     assert (lora.rank, lora.alpha, lora.dropout) == (2, 8.0, 0.0)
 
 
 def test_defaults_of_a_command_override_the_sections_but_not_the_file(tmp_path: Path) -> None:
     file = written(tmp_path, "steps: 7\n")
-    config = Config.read(cli.FINETUNE, {"rank": 16}, file, defaults=DEMO)
+    config = Config.read(commands.FINETUNE, {"rank": 16}, file, defaults=DEMO)
     assert (config[TrainOptions].steps, config[LoraOptions].rank) == (7, 16)
-    assert config[TextOptions].seq_len == DEMO["seq_len"] != Config.read(cli.FINETUNE, {})[TextOptions].seq_len
+    assert config[TextOptions].seq_len == DEMO["seq_len"] != Config.read(commands.FINETUNE, {})[TextOptions].seq_len
 
 
 @pytest.mark.parametrize("key", ["seq_lenn", "seq-lenn"])
@@ -86,12 +87,12 @@ def test_an_unknown_key_similar_to_none_lists_the_options(tmp_path: Path) -> Non
 
 
 def test_keys_may_have_hyphens_as_flags_do(tmp_path: Path) -> None:
-    assert Config.read(cli.FINETUNE, {}, written(tmp_path, "seq-len: 64\n"))[TextOptions].seq_len == 64
+    assert Config.read(commands.FINETUNE, {}, written(tmp_path, "seq-len: 64\n"))[TextOptions].seq_len == 64
 
 
 @pytest.mark.parametrize("number", ["1e-4", "1.0e-4", "0.0001", "'1e-4'"])
 def test_every_notation_of_a_small_number_is_read(tmp_path: Path, number: str) -> None:
-    assert Config.read(cli.FINETUNE, {}, written(tmp_path, f"lr: {number}\n"))[TrainOptions].lr == 1e-4
+    assert Config.read(commands.FINETUNE, {}, written(tmp_path, f"lr: {number}\n"))[TrainOptions].lr == 1e-4
 
 
 @pytest.mark.parametrize(
@@ -177,7 +178,7 @@ def test_columns_may_be_a_string_a_list_or_a_mapping(tmp_path: Path, content: st
 
 def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
     file = written(tmp_path, "# nothing yet\n")
-    assert Config.read(cli.FINETUNE, {}, file).to_yaml() == Config.read(cli.FINETUNE, {}).to_yaml()
+    assert Config.read(commands.FINETUNE, {}, file).to_yaml() == Config.read(commands.FINETUNE, {}).to_yaml()
 
 
 @pytest.mark.parametrize(
@@ -227,7 +228,7 @@ def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
 )
 def test_the_error_for_a_value_out_of_bounds_starts_with_its_flag(key: str, value: object) -> None:
     with pytest.raises(UsageError, match=rf"^--{key.replace('_', '-')}: .*not {value!r}\."):
-        Config.read(cli.FINETUNE, {key: value})
+        Config.read(commands.FINETUNE, {key: value})
 
 
 @pytest.mark.parametrize(
@@ -248,16 +249,16 @@ def test_the_error_for_a_value_out_of_bounds_starts_with_its_flag(key: str, valu
 )
 def test_a_memory_size_is_read_with_its_unit(size: str, expected: int | None) -> None:
     """GB is 10^9 bytes (SI); all other units are powers of 1024; a number without a unit is GiB."""
-    read = Config.read(cli.FINETUNE, {"gpu_memory": size})[MemoryOptions].gpu_memory
+    read = Config.read(commands.FINETUNE, {"gpu_memory": size})[MemoryOptions].gpu_memory
     assert read == size
     assert size_in_bytes(read) == expected
 
 
 @pytest.mark.parametrize(("line", "expected"), [("11", 11 * 2**30), ("11.5", 23 * 2**29), ("11GB", 11 * 10**9)])
 def test_a_memory_size_in_a_file_needs_no_quotes(tmp_path: Path, line: str, expected: int) -> None:
-    config = Config.read(cli.FINETUNE, {}, written(tmp_path, f"gpu_memory: {line}\n"))
+    config = Config.read(commands.FINETUNE, {}, written(tmp_path, f"gpu_memory: {line}\n"))
     assert size_in_bytes(config[MemoryOptions].gpu_memory) == expected
-    again = Config.read(cli.FINETUNE, {}, written(tmp_path, config.to_yaml()))
+    again = Config.read(commands.FINETUNE, {}, written(tmp_path, config.to_yaml()))
     assert again[MemoryOptions] == config[MemoryOptions]
 
 
@@ -272,32 +273,32 @@ def test_a_memory_size_is_the_number_times_the_unit(number: int, unit: str) -> N
 @pytest.mark.parametrize("size", ["9" * 400, "9" * 308 + "TiB", "0.0000000000001K", "1048577TiB"])
 def test_a_memory_size_that_no_device_has_is_an_error(size: str) -> None:
     with pytest.raises(UsageError, match="--gpu-memory: must be auto or a size like 11GiB"):
-        Config.read(cli.FINETUNE, {"gpu_memory": size})
+        Config.read(commands.FINETUNE, {"gpu_memory": size})
 
 
 def test_the_defaults_choose_the_fastest_plan_for_the_machine() -> None:
-    options = Config.read(cli.FINETUNE, {})[MemoryOptions]
+    options = Config.read(commands.FINETUNE, {})[MemoryOptions]
     assert (options.gpu_memory, options.recompute, options.attention) == ("auto", "auto", "auto")
     assert options.kernels
     assert options.cuda_graphs
-    assert Config.read(cli.PLAN, {})[PlanOptions].gpu is None
+    assert Config.read(commands.PLAN, {})[PlanOptions].gpu is None
 
 
 def test_plan_has_every_option_of_finetune_that_memory_depends_on() -> None:
     """So the options of `octavo plan` can be given to `octavo finetune`."""
-    assert {LoraOptions, TrainOptions, TextOptions, MemoryOptions, ModelOptions} <= set(cli.PLAN)
-    assert set(cli.PLAN) - {PlanOptions} < set(cli.FINETUNE)
+    assert {LoraOptions, TrainOptions, TextOptions, MemoryOptions, ModelOptions} <= set(commands.PLAN)
+    assert set(commands.PLAN) - {PlanOptions} < set(commands.FINETUNE)
 
 
 def test_all_invalid_values_are_reported_at_once() -> None:
     with pytest.raises(UsageError) as caught:
-        Config.read(cli.FINETUNE, {"rank": 0, "lr": -1.0, "scheme": "int4"})
+        Config.read(commands.FINETUNE, {"rank": 0, "lr": -1.0, "scheme": "int4"})
     assert all(f"{key}: " in caught.value.message for key in ("rank", "lr", "scheme"))
 
 
 def test_lists_may_be_one_string_and_targets_may_have_commas(tmp_path: Path) -> None:
     file = written(tmp_path, "data: a, b.txt\nsample_prompt: Yes, my lord\nlora_targets: [q_proj, 'v_proj, lm_head']\n")
-    config = Config.read(cli.FINETUNE, {}, file)
+    config = Config.read(commands.FINETUNE, {}, file)
     assert config[TrainingData].data == ["a, b.txt"]
     assert config[RunOptions].sample_prompt == ["Yes, my lord"]
     assert config[LoraOptions].lora_targets == ["q_proj", "v_proj", "lm_head"]
@@ -321,9 +322,9 @@ def test_a_configuration_is_the_same_after_writing_and_reading(
     steps: int | None,
 ) -> None:
     values = {"split_on": split_on, "sample_prompt": prompts, "lr": lr, "seed": seed, "steps": steps}
-    config = Config.read(cli.FINETUNE, values)
-    again = Config.read(cli.FINETUNE, {}, written(tmp_path_factory.getbasetemp(), config.to_yaml()))
-    assert [again[kind] for kind in cli.FINETUNE] == [config[kind] for kind in cli.FINETUNE]
+    config = Config.read(commands.FINETUNE, values)
+    again = Config.read(commands.FINETUNE, {}, written(tmp_path_factory.getbasetemp(), config.to_yaml()))
+    assert [again[kind] for kind in commands.FINETUNE] == [config[kind] for kind in commands.FINETUNE]
 
 
 @pytest.mark.parametrize("command", KINDS)
@@ -334,7 +335,7 @@ def test_option_names_are_unique_in_a_command_and_have_a_line_of_help(command: s
 
 
 def test_replace_changes_the_given_values_and_validates_them() -> None:
-    config = Config.read(cli.GENERATE, {"top_k": 5})
+    config = Config.read(commands.GENERATE, {"top_k": 5})
     other = config.replace(temperature=0.0)
     assert (other[GenerateOptions].temperature, other[GenerateOptions].top_k) == (0.0, 5)
     assert config[GenerateOptions].temperature == 0.8
@@ -343,6 +344,6 @@ def test_replace_changes_the_given_values_and_validates_them() -> None:
 
 
 def test_a_section_is_immutable() -> None:
-    section = Config.read(cli.GENERATE, {})[ModelOptions]
+    section = Config.read(commands.GENERATE, {})[ModelOptions]
     with pytest.raises(ValidationError, match="frozen"):
         section.model = "other"  # type: ignore[misc]

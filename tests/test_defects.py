@@ -17,11 +17,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from octavo import cli
 from octavo.commands.data import read_documents, to_text
 from octavo.commands.finetune import finetune
 from octavo.commands.generate import open_model
 from octavo.config import Config, TextOptions
+from octavo.config import commands as sections
 from octavo.errors import UsageError
 from octavo.reporting import Report
 from octavo.store.tokenizer_files import load_tokenizer
@@ -43,7 +43,7 @@ def tune(tiny_gptj: Path, plays: Path) -> Tune:
             "out": str(out), "dtype": "float32", "seq_len": 32, "steps": 2, "rank": 2, "lr": 0.03, "eval_rows": 2,
             "sample_tokens": 4, "sample_prompt": ["the king"], "probes": False,
         }  # fmt: skip
-        return finetune(Config.read(cli.FINETUNE, {**values, **options}), console=False)
+        return finetune(Config.read(sections.FINETUNE, {**values, **options}), console=False)
 
     return run
 
@@ -87,7 +87,7 @@ def test_embedded_adapters_are_applied_and_reported(
 ) -> None:
     """The server loaded the saved model without its adapters, without a warning, and served the untuned model."""
     ids = torch.arange(3, 20)[None]
-    config = Config.read(cli.GENERATE, {"model": str(seed.folder), "allow_pickle": True, "dtype": "float32"})
+    config = Config.read(sections.GENERATE, {"model": str(seed.folder), "allow_pickle": True, "dtype": "float32"})
     with Report(console=False, metrics=tmp_path / "said.jsonl") as report, torch.no_grad():
         served = open_model(config, report).model(ids)
         expected = seed.model(ids).logits
@@ -242,7 +242,7 @@ def test_an_embedding_lookup_dequantizes_only_its_rows(seed: Any, tmp_path: Path
     folder = Path(shutil.copytree(seed.folder, tmp_path / "plain"))
     tensors = torch.load(folder / "pytorch_model.bin", weights_only=True)
     torch.save({name: t for name, t in tensors.items() if ".adapter." not in name}, folder / "pytorch_model.bin")
-    config = Config.read(cli.GENERATE, {"model": str(folder), "allow_pickle": True, "dtype": "float32"})
+    config = Config.read(sections.GENERATE, {"model": str(folder), "allow_pickle": True, "dtype": "float32"})
     with Report(console=False) as report:
         model = open_model(config, report).model
     ids = torch.tensor([[0, 299, 131]])

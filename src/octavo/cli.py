@@ -16,26 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from octavo._version import __version__
-from octavo.config import DEMO, Config, DataOptions, ModelOptions, PromptOptions, TextOptions
-from octavo.config.commands import ADAPTER_COMBINE as ADAPTER_COMBINE
-from octavo.config.commands import ADAPTER_DIFF as ADAPTER_DIFF
-from octavo.config.commands import ADAPTER_SHOW as ADAPTER_SHOW
-from octavo.config.commands import CHAT as CHAT
-from octavo.config.commands import CHECK as CHECK
-from octavo.config.commands import COMPARE as COMPARE
-from octavo.config.commands import CONVERT as CONVERT
-from octavo.config.commands import DATA as DATA
-from octavo.config.commands import EVALUATE as EVALUATE
-from octavo.config.commands import EXPORT as EXPORT
-from octavo.config.commands import FINETUNE as FINETUNE
-from octavo.config.commands import GENERATE as GENERATE
-from octavo.config.commands import MERGE as MERGE
-from octavo.config.commands import PLAN as PLAN
-from octavo.config.commands import PUSH as PUSH
-from octavo.config.commands import QUANTIZE as QUANTIZE
-from octavo.config.commands import RUNS as RUNS
-from octavo.config.commands import SERVE as SERVE
-from octavo.config.commands import TUNE as TUNE
+from octavo.config import DEMO, Config, DataOptions, ModelOptions, PromptOptions, TextOptions, commands
 from octavo.errors import StoppedError, UsageError
 from octavo.exits import EXIT_CODES, exit_with
 from octavo.flags import command
@@ -59,7 +40,7 @@ app = typer.Typer(
 )
 
 
-@command(app, FINETUNE, usual=TRAINING, switches={"dry_run": DRY_RUN})
+@command(app, commands.FINETUNE, usual=TRAINING, switches={"dry_run": DRY_RUN})
 def finetune(config: Config, as_json: bool, *, dry_run: bool) -> None:
     """Fine-tune a model on text files. Writes a run folder with the adapter, metrics and a report."""
     if dry_run:
@@ -72,13 +53,13 @@ def finetune(config: Config, as_json: bool, *, dry_run: bool) -> None:
 
 def _preview(config: Config, as_json: bool) -> None:
     from octavo.commands.finetune.preview import preview
-    from octavo.reporting import Report
 
-    with Report(results=not as_json) as report:
-        _print_json(preview(config, report), as_json)
+    _report(preview, config, as_json)
 
 
-@command(app, TUNE, usual=("model", "data", "test_data", "test_fraction", "minutes", "out", "lr", "rank", "report"))
+@command(
+    app, commands.TUNE, usual=("model", "data", "test_data", "test_fraction", "minutes", "out", "lr", "rank", "report")
+)
 def tune(config: Config, as_json: bool) -> None:
     """Choose the learning rate and the LoRA rank by short runs within --minutes, and say how sure that is."""
     from octavo.commands.tune import tune as run
@@ -86,7 +67,7 @@ def tune(config: Config, as_json: bool) -> None:
     _report(run, config, as_json)
 
 
-@command(app, PLAN, usual=("model", "gpu_memory", "gpu", "scheme", "seq_len", "batch_size", "rank"))
+@command(app, commands.PLAN, usual=("model", "gpu_memory", "gpu", "scheme", "seq_len", "batch_size", "rank"))
 def plan(config: Config, as_json: bool) -> None:
     """Estimate the GPU memory of a fine-tuning run, without reading weights."""
     from octavo.commands.plan import plan as run
@@ -96,7 +77,7 @@ def plan(config: Config, as_json: bool) -> None:
 
 @command(
     app,
-    EVALUATE,
+    commands.EVALUATE,
     usual=("model", "adapter", "data", "scheme", "compare", "tasks", "limit", "seq_len", "rows", "batch_size"),
     positional="data",
 )
@@ -112,7 +93,7 @@ def evaluate(config: Config, as_json: bool) -> None:
         raise typer.Exit(1)  # the report has already printed a warning
 
 
-@command(app, GENERATE, usual=(*GENERATION, "prompt", "prompts", "chat"), positional="prompt")
+@command(app, commands.GENERATE, usual=(*GENERATION, "prompt", "prompts", "chat"), positional="prompt")
 def generate(config: Config, as_json: bool) -> None:
     """Continue a text, or every prompt of a file."""
     from octavo.reporting import Report
@@ -132,7 +113,7 @@ def generate(config: Config, as_json: bool) -> None:
         _print_json(document, as_json)
 
 
-@command(app, CHAT, usual=(*GENERATION, "system"))
+@command(app, commands.CHAT, usual=(*GENERATION, "system"))
 def chat(config: Config, as_json: bool) -> None:
     """Chat with a model; /help lists the commands. Exit code 1 if any answer failed."""
     from octavo.commands.chat import talk
@@ -150,7 +131,7 @@ def chat(config: Config, as_json: bool) -> None:
 
 @command(
     app,
-    SERVE,
+    commands.SERVE,
     usual=("model", "adapter", "adapters_from", "scheme", "host", "port", "api_key", "slots", "max_model_len", "queue"),
 )
 def serve(config: Config, as_json: bool) -> None:
@@ -162,7 +143,7 @@ def serve(config: Config, as_json: bool) -> None:
         run(config, report, listening=lambda document: _print_json(document, as_json))
 
 
-@command(app, QUANTIZE, usual=("model", "scheme", "out"))
+@command(app, commands.QUANTIZE, usual=("model", "scheme", "out"))
 def quantize(config: Config, as_json: bool) -> None:
     """Quantize a model and write it to a folder that loads without the original."""
     from octavo.commands.quantize import quantize as run
@@ -170,7 +151,7 @@ def quantize(config: Config, as_json: bool) -> None:
     _report(run, config, as_json)
 
 
-@command(app, CONVERT, usual=("model", "out", "allow_pickle"), positional="model")
+@command(app, commands.CONVERT, usual=("model", "out", "allow_pickle"), positional="model")
 def convert(config: Config, as_json: bool) -> None:
     """Split a model fine-tuned from hivemind/gpt-j-6B-8bit into a base model and a PEFT adapter."""
     from octavo.commands.convert import convert as run
@@ -178,27 +159,23 @@ def convert(config: Config, as_json: bool) -> None:
     _report(run, config, as_json)
 
 
-@command(app, MERGE, usual=("model", "adapter", "out", "type"))
+@command(app, commands.MERGE, usual=("model", "adapter", "out", "type"))
 def merge(config: Config, as_json: bool) -> None:
     """Merge an adapter into its base and write a model folder, for octavo, transformers, vLLM and MLX."""
     from octavo.commands.merge import merge as run
-    from octavo.reporting import Report
 
-    with Report(results=not as_json) as report:
-        _print_json(run(config, report), as_json)
+    _report(run, config, as_json)
 
 
-@command(app, EXPORT, usual=("model", "adapter", "out", "to", "type"))
+@command(app, commands.EXPORT, usual=("model", "adapter", "out", "to", "type"))
 def export(config: Config, as_json: bool) -> None:
     """Write a model or an adapter as a GGUF file, for llama.cpp, Ollama and LM Studio."""
     from octavo.commands.export import export as run
-    from octavo.reporting import Report
 
-    with Report(results=not as_json) as report:
-        _print_json(run(config, report), as_json)
+    _report(run, config, as_json)
 
 
-@command(app, RUNS, usual=("folders", "sort", "depth"), positional="folders")
+@command(app, commands.RUNS, usual=("folders", "sort", "depth"), positional="folders")
 def runs(config: Config, as_json: bool) -> None:
     """List the runs in a folder: model, data, steps, state, held-out perplexity before and after, speed, date."""
     from octavo.commands.run_list import list_runs
@@ -206,7 +183,7 @@ def runs(config: Config, as_json: bool) -> None:
     _report(list_runs, config, as_json)
 
 
-@command(app, COMPARE, usual=("runs", "report"), positional="runs")
+@command(app, commands.COMPARE, usual=("runs", "report"), positional="runs")
 def compare(config: Config, as_json: bool) -> None:
     """Compare runs: settings that differ, results, differences with intervals, loss curves, samples."""
     from octavo.commands.compare import compare as run
@@ -214,7 +191,9 @@ def compare(config: Config, as_json: bool) -> None:
     _report(run, config, as_json)
 
 
-@command(app, PUSH, usual=("run", "repository", "private", "revision", "dry_run"), positional=("run", "repository"))
+@command(
+    app, commands.PUSH, usual=("run", "repository", "private", "revision", "dry_run"), positional=("run", "repository")
+)
 def push(config: Config, as_json: bool) -> None:
     """Upload the adapter of a run to the Hugging Face hub, with a model card. `hf auth login` stores the token."""
     from octavo.commands.push import push as run
@@ -228,7 +207,7 @@ adapters_app = typer.Typer(
 app.add_typer(adapters_app)
 
 
-@command(adapters_app, ADAPTER_SHOW, usual=("adapter", "model"), positional="adapter")
+@command(adapters_app, commands.ADAPTER_SHOW, usual=("adapter", "model"), positional="adapter")
 def show(config: Config, as_json: bool) -> None:
     """Show an adapter: its base, targets, rank, the norm of the change by layer, and the run that it is of."""
     from octavo.commands.adapters.show import show as run
@@ -236,7 +215,7 @@ def show(config: Config, as_json: bool) -> None:
     _report(run, config, as_json)
 
 
-@command(adapters_app, ADAPTER_DIFF, usual=("adapters",), positional="adapters")
+@command(adapters_app, commands.ADAPTER_DIFF, usual=("adapters",), positional="adapters")
 def diff(config: Config, as_json: bool) -> None:
     """Compare two adapters: base, settings, and by layer the cosine and the difference of what they change."""
     from octavo.commands.adapters.diff import diff as run
@@ -244,7 +223,7 @@ def diff(config: Config, as_json: bool) -> None:
     _report(run, config, as_json)
 
 
-@command(adapters_app, ADAPTER_COMBINE, usual=("adapters", "out", "rank", "model"), positional="adapters")
+@command(adapters_app, commands.ADAPTER_COMBINE, usual=("adapters", "out", "rank", "model"), positional="adapters")
 def combine(config: Config, as_json: bool) -> None:
     """Write the weighted sum of adapters, as runs/a=0.7 runs/b=0.3, as one adapter: exact, or of a rank by SVD."""
     from octavo.commands.adapters.combine import combine as run
@@ -270,17 +249,15 @@ def models(
             _print_json(list_models(report), as_json)
 
 
-@command(models_app, CHECK, usual=("model", "revision"), positional="model")
+@command(models_app, commands.CHECK, usual=("model", "revision"), positional="model")
 def check(config: Config, as_json: bool) -> None:
     """Check whether a model is supported, from its config.json alone: sizes, LoRA targets, memory of the weights."""
     from octavo.commands.models import check_model
-    from octavo.reporting import Report
 
-    with Report(results=not as_json) as report:
-        _print_json(check_model(config, report), as_json)
+    _report(check_model, config, as_json)
 
 
-@command(app, DATA, usual=("data", "model", "seq_len", "samples", "split_on"), positional="data")
+@command(app, commands.DATA, usual=("data", "model", "seq_len", "samples", "split_on"), positional="data")
 def data(config: Config, as_json: bool) -> None:
     """Inspect text files before training: token ledger, document lengths, decoded samples."""
     from octavo.commands.data import check_device, read_documents, show_data
@@ -296,7 +273,7 @@ def data(config: Config, as_json: bool) -> None:
         _print_json(show_data(config, reading, source.tokenizer(), report), as_json)
 
 
-@command(app, FINETUNE, usual=TRAINING, defaults=DEMO)
+@command(app, commands.FINETUNE, usual=TRAINING, defaults=DEMO)
 def demo(config: Config, as_json: bool) -> None:
     """Fine-tune SmolLM2 on Shakespeare's plays and evaluate it on Hamlet, in minutes."""
     from octavo.commands.finetune.demo import demo as run

@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from octavo import cli
 from octavo.commands.convert import convert
 from octavo.commands.generate import open_model
 from octavo.config import Config
+from octavo.config import commands as sections
 from octavo.errors import ModelError, UsageError
 from octavo.reporting import Report
 
@@ -26,7 +26,7 @@ EXACT = 1e-5  # of float32 logits of about 1: the same sums in another order
 
 
 def converted(folder: Path, out: Path) -> dict[str, Any]:
-    config = Config.read(cli.CONVERT, {"model": str(folder), "out": str(out), "allow_pickle": True})
+    config = Config.read(sections.CONVERT, {"model": str(folder), "out": str(out), "allow_pickle": True})
     with Report(console=False) as report:
         return convert(config, report)
 
@@ -51,7 +51,7 @@ def hivemind(seed: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @torch.no_grad()
 def logits(**options: Any) -> Tensor:
     """The logits of the model of `octavo generate`, in float32."""
-    config = Config.read(cli.GENERATE, {"dtype": "float32", "allow_pickle": True, **options})
+    config = Config.read(sections.GENERATE, {"dtype": "float32", "allow_pickle": True, **options})
     with Report(console=False) as report:
         actual: Tensor = open_model(config, report).model(IDS)
     return actual
@@ -121,7 +121,7 @@ def test_a_missing_folder_is_a_usage_error(seed: Any, tmp_path: Path, missing: s
     values = {"model": str(seed.folder), "out": str(tmp_path / "out")}
     del values[missing]
     with Report(console=False) as report, pytest.raises(UsageError, match="missing"):
-        convert(Config.read(cli.CONVERT, values), report)
+        convert(Config.read(sections.CONVERT, values), report)
 
 
 def test_the_error_for_a_folder_without_a_tokenizer_names_the_files_to_copy(seed: Any, tmp_path: Path) -> None:

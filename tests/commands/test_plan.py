@@ -19,9 +19,9 @@ import torch
 import yaml
 from tests import devices
 
-from octavo import cli
 from octavo.commands import loading, plan, run_plan
 from octavo.config import Config, MemoryOptions
+from octavo.config import commands as sections
 from octavo.errors import ModelError, UsageError
 from octavo.hardware import GPUS, Hardware
 from octavo.layers.context import Save
@@ -73,7 +73,7 @@ def config_of(folder: Path, **changes: Any) -> Config:
         "gpu_memory": "4GiB",
         "gpu": "RTX 3060",
     }
-    return Config.read(cli.PLAN, {**values, **changes})
+    return Config.read(sections.PLAN, {**values, **changes})
 
 
 def plan_result(folder: Path, **changes: Any) -> dict[str, Any]:

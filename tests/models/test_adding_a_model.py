@@ -242,9 +242,8 @@ def test_it_generates_what_the_reference_generates(folder: Path, octavo: Octavo)
 @pytest.fixture(scope="module")
 def adapter(folder: Path, plays: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The adapter of a run on packed documents over int8 weights, whose loss fell."""
-    from octavo import cli
     from octavo.commands.finetune import finetune
-    from octavo.config import Config
+    from octavo.config import Config, commands
 
     out = tmp_path_factory.mktemp("runs") / "marlin"
     settings = {
@@ -252,7 +251,7 @@ def adapter(folder: Path, plays: Path, tmp_path_factory: pytest.TempPathFactory)
         "split_on": "lines", "scheme": "int8", "matmul": "8bit", "dtype": "float32", "seq_len": 32, "steps": 16,
         "lr": 0.03, "rank": 2, "train_norms": True,
     }  # fmt: skip
-    finetune(Config.read(cli.FINETUNE, settings), console=False)
+    finetune(Config.read(commands.FINETUNE, settings), console=False)
     events = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
     losses = [event["loss"] for event in events if event["event"] == "step"]
     assert losses[0] - losses[-1] > 0.1

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from octavo import cli
 from octavo.commands.finetune import finetune
 from octavo.config import Config
+from octavo.config import commands as sections
 
 Settings = Callable[..., Config]
 Tune = Callable[..., dict[str, Any]]
@@ -37,7 +37,7 @@ def settings(tiny_llama: Path, plays: Path) -> Settings:
             "sample_tokens": 4,
             "sample_prompt": ["the king"],
         }
-        return Config.read(cli.FINETUNE, {**values, **changes})
+        return Config.read(sections.FINETUNE, {**values, **changes})
 
     return make
 

@@ -15,10 +15,10 @@ import torch
 import yaml
 from tests import devices
 
-from octavo import adapters, cli
+from octavo import adapters
 from octavo.commands import loading
 from octavo.commands.finetune import finetune
-from octavo.config import Config
+from octavo.config import Config, commands
 from octavo.errors import AdapterError, TrainingError, UsageError
 from octavo.models import Decoder
 from octavo.ops.quantize import scheme_named
@@ -165,7 +165,9 @@ def test_the_saved_configuration_gives_the_same_adapter_again(
     finished: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
     out, result = finished
-    again = finetune(Config.read(cli.FINETUNE, {"out": str(tmp_path / "again")}, out / "config.yaml"), console=False)
+    again = finetune(
+        Config.read(commands.FINETUNE, {"out": str(tmp_path / "again")}, out / "config.yaml"), console=False
+    )
     assert adapter_hash(tmp_path / "again") == adapter_hash(out)
     assert [row["perplexity"] for row in again["rows"]] == [row["perplexity"] for row in result["rows"]]
 
