@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol, cast, overload
 
 from octavo.api.adapter_results import AdapterDifference, CombinedAdapter, ShownAdapter
-from octavo.api.export_results import MergeResult
+from octavo.api.export_results import ExportResult, MergeResult
 from octavo.api.loading import load as load
 from octavo.api.options import with_options
 from octavo.api.results import (
@@ -40,6 +40,7 @@ from octavo.config.commands import (
     COMPARE,
     CONVERT,
     EVALUATE,
+    EXPORT,
     FINETUNE,
     GENERATE,
     MERGE,
@@ -167,6 +168,15 @@ def merge(config: Config, quiet: bool) -> MergeResult:
 
     with _report(quiet) as report:
         return cast(MergeResult, run(config, report))
+
+
+@with_options(EXPORT)
+def export(config: Config, quiet: bool) -> ExportResult:
+    """Writes a model or an adapter as a GGUF file, for llama.cpp, Ollama and LM Studio."""
+    from octavo.commands.export import export as run
+
+    with _report(quiet) as report:
+        return cast(ExportResult, run(config, report))
 
 
 # Not `runs`, as the command: `octavo.runs` is the package of run folders, and its import would replace the function.

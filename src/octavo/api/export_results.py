@@ -7,6 +7,20 @@ from typing import TypedDict
 from octavo.api.results import WrittenWeight
 
 
+class ExportResult(TypedDict):
+    """A GGUF file. `model_scheme` is that of the weights that it was made from, none: unquantized."""
+
+    out: str
+    to: str
+    type: str
+    model: str
+    model_scheme: str
+    adapter: str | None
+    adapter_sha256: str | None
+    bytes: int
+    seconds: float
+
+
 class MergedModule(TypedDict):
     """A module of the base and what the adapter changed: "LoRA", "tokens", "weight", "bias"."""
 
