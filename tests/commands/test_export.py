@@ -28,7 +28,8 @@ def logits(source: Any, adapter: Path | None = None) -> torch.Tensor:
     if adapter is not None:
         adapters.apply_(model, peft.read(adapter))
     with torch.no_grad():
-        return model(IDS)
+        found: torch.Tensor = model(IDS)
+    return found
 
 
 def test_a_model_and_its_merged_adapter_have_their_logits(
