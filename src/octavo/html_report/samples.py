@@ -22,7 +22,7 @@ def samples_section(events: Sequence[Event]) -> str:
 
 def _of_prompt(samples: Sequence[Sample]) -> str:
     reference = next((sample.reference for sample in samples if sample.reference), "")
-    boxes = [_box("Held-out text", replace(samples[0], text=reference))] if reference else []
+    boxes = [_box("Reference", replace(samples[0], text=reference))] if reference else []
     boxes += [_box(title, _last_where(samples, which)) for which, title in SIDES]
     training = "".join(
         _box(f"Step {'?' if sample.step is None else shown(sample.step)}", sample)

@@ -123,8 +123,20 @@ def test_held_out_conversations_are_answered_through_the_chat_template(tune: Tun
 
 
 def test_the_reference_of_a_text_is_what_follows_its_beginning(tune: Tune, tmp_path: Path) -> None:
-    words = [f"w{number}" for number in range(20)]
-    (tmp_path / "a.txt").write_text(" ".join(words))
+    text = "FIRST WITCH.\nWhere the place?\n\nSECOND WITCH.\nUpon the heath, at the\nset of sun.\nAnd there?"
+    (tmp_path / "a.txt").write_text(text)
     tune(tmp_path / "run", data=[str(tmp_path / "a.txt")], **SHORT)
     base = events(tmp_path / "run", "sample")[0]
-    assert f"{base['prompt']} {base['reference']}" == " ".join(words)
+    assert base["prompt"] + base["reference"] == text, "with its line breaks"
+    assert len(base["prompt"].split()) == samples.PROMPT_WORDS
+
+
+def test_the_sample_of_a_pair_is_printed_with_its_reference(tune: Tune, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "who goes?", "completion": "the king of the sea"}) + "\n")
+    (tmp_path / "b.jsonl").write_text(json.dumps({"prompt": "who comes?", "completion": "the queen"}) + "\n")
+    options = {**SHORT, "test_data": [str(tmp_path / "b.jsonl")]}
+    tune(tmp_path / "run", data=[str(tmp_path / "a.jsonl")], **options)
+    said = [event["text"] for event in events(tmp_path / "run", "say")]
+    for which in ("base", "tuned"):
+        (sample,) = (text for text in said if f"Sample of the {which} model for 'who comes?'" in text)
+        assert sample.endswith("Reference answer:\nthe queen\n")

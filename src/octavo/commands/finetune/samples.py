@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from octavo.commands.finetune.state import Run
@@ -42,6 +44,12 @@ class Prompt:
     text: str  # of a conversation: the user's last message
     ids: list[int]
     reference: str = ""
+    is_question: bool = False
+
+    @property
+    def reference_title(self) -> str:
+        """What the reference is, for people."""
+        return "Reference answer" if self.is_question else "The held-out text goes on"
 
 
 def sample(run: Run, *, which: str, step: int) -> None:
@@ -58,8 +66,8 @@ def sample(run: Run, *, which: str, step: int) -> None:
             bar.advance()
     for prompt, text in zip(prompts, texts, strict=True):
         events.Sample(step, prompt.text, text, which, prompt.reference).write(run.report)
-        reference = f"Held-out text:\n{prompt.reference}\n\n" if prompt.reference and which == "base" else ""
-        run.report.say(f"\n{reference}Sample of the {which} model for {prompt.text!r}:\n{text}\n")
+        reference = f"\n{prompt.reference_title}:\n{prompt.reference}\n" if prompt.reference else ""
+        run.report.say(f"\nSample of the {which} model for {prompt.text!r}:\n{text}\n{reference}")
 
 
 def _default_prompts(run: Run, *, say: bool) -> list[Prompt]:
@@ -90,18 +98,17 @@ def _questions(run: Run, documents: Sequence[Document], *, say: bool) -> list[Pr
                 run.report.say(f"{document.where} is no sample: {error.message}")
             continue
         if 0 < len(ids) < run.model.config.context:
-            prompts.append(Prompt(question, ids, turns[last].content))
+            prompts.append(Prompt(question, ids, turns[last].content, is_question=True))
     return prompts
 
 
 def _beginning(run: Run, document: Document, *, say: bool) -> Prompt | None:
     """The beginning of a text, or the prompt of a pair. If the model's context does not hold it: a part that takes at
     most half of the context, which is reported if `say` is set."""
-    context, words = run.model.config.context, document.text.split()
-    text = document.prompt or " ".join(words[:PROMPT_WORDS])
-    reference = document.completion or " ".join(words[PROMPT_WORDS : PROMPT_WORDS + REFERENCE_WORDS])
+    context, is_pair = run.model.config.context, document.completion is not None
+    text, rest = (document.prompt or "", document.completion or "") if is_pair else _divided(document.text)
     if not text or (count := len(encode_prompt(text, run.tokenizer))) < context:
-        return Prompt(text, encode_prompt(text, run.tokenizer), reference) if text else None
+        return Prompt(text, encode_prompt(text, run.tokenizer), rest, is_question=is_pair) if text else None
     while text and len(encode_prompt(text, run.tokenizer)) > context // 2:
         text = _first_half(text)
     if say:
@@ -111,6 +118,15 @@ def _beginning(run: Run, document: Document, *, say: bool) -> Prompt | None:
             "--sample-prompt sets another."
         )
     return Prompt(text, encode_prompt(text, run.tokenizer)) if text else None
+
+
+def _divided(text: str) -> tuple[str, str]:
+    """(the first PROMPT_WORDS words of a text, the REFERENCE_WORDS after them), with its line breaks."""
+    ends = [word.end() for word in islice(re.finditer(r"\S+", text), PROMPT_WORDS + REFERENCE_WORDS)]
+    if not ends:
+        return "", ""
+    middle = ends[min(len(ends), PROMPT_WORDS) - 1]
+    return text[:middle].lstrip(), text[middle : ends[-1]].lstrip(" ")
 
 
 def _first_half(text: str) -> str:
