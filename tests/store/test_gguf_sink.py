@@ -12,11 +12,10 @@ import torch
 from gguf.quants import dequantize, quantize
 from tests.store import test_gguf_families as families
 
-from octavo.commands.export import shapes_of
 from octavo.errors import ModelError, UsageError
 from octavo.models import parse
 from octavo.ops.quantize import scheme_named
-from octavo.store.gguf import GgufSource, open_gguf
+from octavo.store.gguf import GgufSource, open_gguf, shapes_of
 from octavo.store.gguf_sink import TYPES, gguf_sink
 from octavo.store.gguf_write_config import checked_architecture, rope_divisors
 from octavo.store.hf_folder import header_of, write_tensors

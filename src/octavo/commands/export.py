@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -12,21 +10,21 @@ import torch
 
 from octavo.adapters.merging import merged
 from octavo.commands.loading import tokenizer_with
-from octavo.commands.merge import base_of, check_base
+from octavo.commands.merge import adapter_and_base, check_base
 from octavo.config import Config, ExportOptions
 from octavo.errors import ModelError, UsageError
-from octavo.models import build, parse
+from octavo.models import parse
 from octavo.ops.quantize import scheme_named
 from octavo.reporting import Report
-from octavo.runs import adapter as named_adapter
-from octavo.store.contents import items_of, refuse_embedded_adapter, stored_scheme
-from octavo.store.gguf import open_gguf
+from octavo.store.contents import refuse_embedded_adapter, stored_scheme
+from octavo.store.gguf import open_gguf, shapes_of
 from octavo.store.gguf_lora import write_lora
-from octavo.store.gguf_sink import Shapes, gguf_sink
+from octavo.store.gguf_sink import gguf_sink
 from octavo.store.gguf_write_config import as_written, checked_architecture
 from octavo.store.hf_folder import header_of, weight_names, write_tensors
 from octavo.store.peft import Adapter
 from octavo.store.resolve import open_source
+from octavo.store.sinks import check_new_file
 from octavo.store.sources import Source
 
 
@@ -68,8 +66,7 @@ def _out(options: ExportOptions) -> Path:
     if options.out is None:
         raise UsageError("The output file is missing.", hint="Name a new file with --out, as model.gguf.")
     out = options.out if options.out.suffix == ".gguf" else options.out.with_name(f"{options.out.name}.gguf")
-    if out.exists():
-        raise UsageError(f"{out} exists already.", hint="Give a file that does not exist yet.")
+    check_new_file(out)  # before hashes of gigabytes are computed
     return out
 
 
@@ -81,9 +78,7 @@ def _opened(options: ExportOptions, report: Report) -> tuple[str, Source, Adapte
         refuse_embedded_adapter(source)
         checked_architecture(source.config)
         return options.model, source, None, None
-    find = partial(named_adapter.adapter_folder, say=report.say, warn=report.warn)
-    folder, adapter = named_adapter.read_adapter(options.adapter, find=find, allow_pickle=options.allow_pickle)
-    name, source = base_of(options, adapter, report)
+    folder, adapter, name, source = adapter_and_base(options, options.adapter, report)
     checked_architecture(source.config)  # before hashes of gigabytes are computed
     check_base(adapter, folder, source, report, force=options.force)
     return name, source, adapter, folder
@@ -107,12 +102,3 @@ def _write(source: Source, out: Path, kind: str, report: Report) -> int:
         )
     again.tokenizer()
     return size
-
-
-def shapes_of(config: Mapping[str, Any]) -> Shapes:
-    """The shapes of all tensors of a model by Hugging Face name, in the order in which they are written."""
-    found: dict[str, tuple[int, ...]] = {}
-    for name, item in items_of(build(config)):
-        parameter = None if item.is_matrix else item.entry.parameter(item.kind)
-        found[name] = item.shape if parameter is None else tuple(parameter.shape)
-    return found

@@ -40,9 +40,7 @@ def merge(config: Config, report: Report) -> dict[str, Any]:
     if options.out is None:
         raise UsageError("The output folder is missing.", hint="Name a new folder with --out.")
     check_free(options.out)  # before hashes of gigabytes are computed
-    find = partial(named_adapter.adapter_folder, say=report.say, warn=report.warn)
-    folder, adapter = named_adapter.read_adapter(options.adapter, find=find, allow_pickle=options.allow_pickle)
-    name, source = base_of(options, adapter, report)
+    folder, adapter, name, source = adapter_and_base(options, options.adapter, report)
     check_base(adapter, folder, source, report, force=options.force)
     tokenizer = tokenizer_with(adapter, folder, source, report)
     dtype = FLOATING.get(options.type, torch.float32)
@@ -69,6 +67,15 @@ def merge(config: Config, report: Report) -> dict[str, Any]:
         "error": error_of_all(layers) if options.type not in FLOATING else None,
         "layers": [{"name": x.name, "shape": list(x.shape), "bytes": x.stored_bytes, "error": x.error} for x in layers],
     }
+
+
+def adapter_and_base(
+    options: MergeOptions | ExportOptions, named: Path, report: Report
+) -> tuple[Path, Adapter, str, Source]:
+    """(folder of the adapter `named`, the adapter, name of its base, the base). `check_base` compares the two."""
+    find = partial(named_adapter.adapter_folder, say=report.say, warn=report.warn)
+    folder, adapter = named_adapter.read_adapter(named, find=find, allow_pickle=options.allow_pickle)
+    return folder, adapter, *base_of(options, adapter, report)
 
 
 def base_of(options: MergeOptions | ExportOptions, adapter: Adapter, report: Report) -> tuple[str, Source]:

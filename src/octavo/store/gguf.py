@@ -6,6 +6,7 @@ of store/gguf_names.py are read. Features that octavo does not compute, such as 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,7 +77,7 @@ def open_gguf(path: Path) -> GgufSource:
     header, files = read_parts(path)
     _, architecture = architecture_of(header)
     config = config_of(header)
-    shapes = _shapes(config)
+    shapes = shapes_of(config)
     _check_tensors(header, architecture, shapes)
     n_tokens = len(header.metadata["tokenizer.ggml.tokens"])
     if n_tokens > config["vocab_size"]:
@@ -84,8 +85,8 @@ def open_gguf(path: Path) -> GgufSource:
     return GgufSource(config=config, files=files, _header=header, _architecture=architecture, _shapes=shapes)
 
 
-def _shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Hugging Face name -> shape, for every tensor of a model with this config: those that octavo's decoder loads."""
+def shapes_of(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Hugging Face name -> shape, for every tensor of a model with this config, in the order of the forward pass."""
     shapes: dict[str, tuple[int, ...]] = {}
     for name, item in items_of(build(config)):
         parameter = None if item.is_matrix else item.entry.parameter(item.kind)

@@ -21,6 +21,7 @@ from octavo.store.files import new_file
 from octavo.store.gguf_names import gguf_name, to_gguf
 from octavo.store.gguf_write_config import checked_architecture
 from octavo.store.peft import Adapter
+from octavo.store.sinks import check_new_file
 
 MERGED = "Export the merged model instead: --to gguf."
 
@@ -30,8 +31,7 @@ def write_lora(out: Path, adapter: Adapter, config: Mapping[str, Any], *, name: 
 
     UsageError if `out` exists, and if the adapter has more than LoRA on linears: llama.cpp has no place for it.
     """
-    if out.exists():
-        raise UsageError(f"{out} exists already.", hint="Give a file that does not exist yet.")
+    check_new_file(out)
     more = [what for what, has in (
         ("weights or biases that are trained in full", adapter.full), ("LoRA on an embedding", adapter.embeddings),
         ("trained tokens", adapter.tokens),

@@ -18,13 +18,12 @@ from gguf.quants import quant_shape_to_byte_shape, quantize
 from torch import Tensor
 
 from octavo._version import __version__
-from octavo.errors import UsageError
 from octavo.store.files import new_file
 from octavo.store.gguf_config import ROPE_FACTORS
 from octavo.store.gguf_names import Architecture, gguf_name, to_gguf
 from octavo.store.gguf_write_config import checked_architecture, metadata_of, rope_divisors
 from octavo.store.gguf_write_tokenizer import tokenizer_metadata
-from octavo.store.sinks import Header, Sink
+from octavo.store.sinks import Header, Sink, check_new_file
 
 # --type -> (type of a tensor, general.file_type)
 TYPES = {
@@ -47,8 +46,7 @@ def gguf_sink(out: Path, header: Header, shapes: Shapes, kind: str, *, name: str
     `shapes` are those of all tensors by Hugging Face name, in the order in which they will come. `kind` is one of
     TYPES, `name` the model's name for people. ModelError for a model or tokenizer that GGUF has no description of.
     """
-    if out.exists():
-        raise UsageError(f"{out} exists already.", hint="Give a file that does not exist yet.")
+    check_new_file(out)
     _, architecture = checked_architecture(header.config)
     entries = entries_of(header, kind, name)
     with new_file(out) as temporary:

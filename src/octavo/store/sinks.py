@@ -86,6 +86,12 @@ def check_free(out: Path) -> None:
         raise UsageError(f"{out} already holds something.", hint="Give a folder that does not exist yet.")
 
 
+def check_new_file(out: Path) -> None:
+    """UsageError if there is something at `out` already."""
+    if out.exists():
+        raise UsageError(f"{out} exists already.", hint="Give a file that does not exist yet.")
+
+
 class _Shards:
     """Collects tensors and writes them to a safetensors file per `SHARD_BYTES`."""
 
