@@ -129,19 +129,20 @@ def _passages(
             passages.spans(counts, fraction=fraction, seed=seed), encoded.tokens, counts, strict=True
         )
     ]
-    how, (first, *others) = "passages of the documents", encoded.documents
-    if not any(wanted):
+    first, *others = encoded.documents
+    are_passages = any(wanted)
+    if not are_passages:
         at = counts[0] - max(1, round(fraction * counts[0]))
         if others or at < 2 or counts[0] - at < 2:
             return _Sides(encoded, None, None, "nothing")
-        how, wanted = "the end of the one document", [[(at, counts[0])]]
+        wanted = [[(at, counts[0])]]
     held_out = sum(stop - start for spans in wanted for start, stop in spans)
     of = f"{held_out:,} of {sum(counts):,} tokens of {first.source if not others else f'{len(counts)} documents'}"
-    if how.startswith("the end"):
-        report.say(f"Held out: the last {of}, its only document.")
-    else:
+    if are_passages:
         number = sum(map(len, wanted))
         report.say(f"Held out: {number} passages spread over all of the text, {of}, at places chosen by the seed.")
+    else:
+        report.say(f"Held out: the last {of}, its only document.")
     train: list[Tokens] = []
     test: list[Tokens] = []
     texts: list[Document] = []
@@ -154,6 +155,7 @@ def _passages(
             for part, (start, stop) in zip(parts, spans, strict=True)
         ]
     side = Encoded(texts, test, [], Counter(), Counter(), {}, {}, encoded.revisions)
+    how = "passages of the documents" if are_passages else "the end of the one document"
     return _Sides(replace(encoded, tokens=train), side, None, how)
 
 
